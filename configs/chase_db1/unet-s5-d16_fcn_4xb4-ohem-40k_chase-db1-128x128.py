@@ -1,0 +1,9 @@
+_base_ = "./unet-s5-d16_fcn_4xb4-40k_chase-db1-128x128.py"
+custom_imports = dict(imports=["ohem_mm"], allow_failed_imports=False)
+# min_kept: 1/16 of the valid pixels of the batch, whatever the crop and the batch size.
+ohem = dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16)
+model = dict(
+    decode_head=dict(loss_decode=ohem),
+    auxiliary_head=dict(loss_decode=ohem),
+)
+del ohem

@@ -1,0 +1,9 @@
+_base_ = "./pspnet_r50-d8_4xb2-80k_cityscapes-512x1024.py"
+custom_imports = dict(imports=["ohem_mm"], allow_failed_imports=False)
+# min_kept: 1/16 of the valid pixels of the batch, whatever the crop and the batch size.
+ohem = dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16)
+model = dict(
+    decode_head=dict(loss_decode=ohem),
+    auxiliary_head=dict(loss_decode=ohem),
+)
+del ohem

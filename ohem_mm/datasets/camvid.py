@@ -1,0 +1,88 @@
+"""CamVid with the 11 classes of the SegNet split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine import fileio
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+__all__ = ["CLASSES", "PALETTE", "CamVidDataset"]
+
+CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+PALETTE = [
+    [128, 128, 128],
+    [128, 0, 0],
+    [192, 192, 128],
+    [128, 64, 128],
+    [60, 40, 222],
+    [128, 128, 0],
+    [192, 128, 128],
+    [64, 64, 128],
+    [64, 0, 128],
+    [64, 64, 0],
+    [0, 128, 192],
+]
+
+
+@DATASETS.register_module()
+class CamVidDataset(BaseSegDataset):  # type: ignore[misc]
+    """CamVid: 367 / 101 / 233 frames of 480x360, 11 classes, void is 255.
+
+    ``tools/dataset_converters/camvid.py`` makes the folders that it reads.
+
+    Args:
+        img_suffix: Ending of the image files. None looks into the image folder and takes
+            ``.jpg`` or ``.png``, whichever is there.
+        **kwargs: Of ``mmseg.datasets.BaseSegDataset``, such as ``data_root``, ``data_prefix``
+            or ``pipeline``.
+
+    Raises:
+        FileNotFoundError: The image folder holds neither ``.jpg`` nor ``.png`` files.
+        ValueError: It holds both and ``img_suffix`` does not say which to take.
+    """
+
+    METAINFO = dict(classes=CLASSES, palette=PALETTE)
+
+    def __init__(self, img_suffix: str | None = None, **kwargs: Any) -> None:
+        super().__init__(img_suffix=img_suffix, seg_map_suffix=".png", **kwargs)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """List the frames."""
+        if self.img_suffix is None:
+            self.img_suffix = self._find_suffix()
+        return list(super().load_data_list())
+
+    def _find_suffix(self) -> str:
+        folder = self.data_prefix["img_path"]
+        found = []
+        if fileio.exists(folder, backend_args=self.backend_args):
+            for suffix in (".jpg", ".png"):
+                files = fileio.list_dir_or_file(
+                    folder, list_dir=False, suffix=suffix, backend_args=self.backend_args
+                )
+                if next(iter(files), None) is not None:
+                    found.append(suffix)
+        if not found:
+            raise FileNotFoundError(
+                f"no .jpg or .png image in {folder!r}; "
+                "tools/dataset_converters/camvid.py prepares CamVid"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder!r} holds .jpg and .png images; img_suffix must say which to take"
+            )
+        return found[0]

@@ -1,0 +1,171 @@
+"""Which pixels are kept: pure functions of the detached per-pixel loss.
+
+A pixel is *hard* when its loss exceeds ``-log(thresh)``. Where fewer than ``k`` pixels of a pool
+are hard, the *floor* keeps every pixel whose loss is at least the k-th largest of that pool. All
+tensors keep their shapes, so nothing here reads a value back to the host on an accelerator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Pool = Literal["batch", "image", "class", "world"]
+
+# Bits of one radix digit: 2048 bins find a float32 in three passes.
+_DIGIT = 11
+
+
+def keep_mask(
+    loss: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    *,
+    thresh: float | None,
+    min_kept: int | float,
+    pool: Pool = "batch",
+    min_kept_per: Literal["batch", "image"] = "batch",
+    always_keep: Sequence[int] = (),
+) -> Tensor:
+    """Decide which pixels are trained on.
+
+    Args:
+        loss: Unweighted per-pixel loss, float32 or float64, non-negative or NaN, shape (N, ...).
+            NaN and inf count as the hardest and are always kept where valid.
+        target: Class index of each pixel, int64, shape (N, ...), in [0, num_classes) where valid.
+        valid: Bool, shape (N, ...); False at ignored pixels, which are never kept.
+        num_classes: Number of classes, C.
+        thresh: Probability below which a pixel is hard, in (0, 1]. None: no threshold, pure top-k.
+        min_kept: Floor k. An int counts pixels, a float is a share of the pool's valid pixels,
+            rounded down.
+        pool: Over what the floor is counted: 'batch', each 'image', each ground-truth 'class', or
+            'world' (the batches of all ranks of the default process group together).
+        min_kept_per: 'image' multiplies an int ``min_kept`` by N; for pools 'batch' and 'world'.
+        always_keep: Classes whose valid pixels are always kept.
+
+    Returns:
+        Bool mask of kept pixels, shape (N, ...).
+    """
+    # NaN sorts as the largest; abs() clears the sign of -0.0, whose bits would not be ordered.
+    rank = torch.where(loss.isnan(), torch.inf, loss.detach().abs())
+    keep = valid & rank.isinf()
+    if thresh is not None:
+        keep = keep | (valid & (rank > -math.log(thresh)))
+    if min_kept and rank.numel():
+        keep = keep | _below_floor(
+            rank, target, valid, keep, num_classes, min_kept, pool, min_kept_per
+        )
+    for cls in always_keep:
+        keep = keep | (valid & (target == cls))
+    return keep
+
+
+def world_sum(value: Tensor, pool: Pool) -> Tensor:
+    """Sum ``value`` over all ranks, in place, when the pool spans them; else return it as it is."""
+    if pool == "world" and world_size(pool) > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def world_size(pool: Pool) -> int:
+    """Number of ranks that share a pool: 1 unless the pool is 'world' and a group exists."""
+    if pool == "world" and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
+
+
+def _below_floor(
+    rank: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    hard: Tensor,
+    num_classes: int,
+    min_kept: int | float,
+    pool: Pool,
+    min_kept_per: str,
+) -> Tensor:
+    """Pixels that the floor keeps: those at or above the k-th largest of a pool short of k."""
+    # `group` broadcasts against the pixels: which pool a pixel belongs to.
+    if pool == "image":
+        num_groups = len(rank)
+        group = torch.arange(num_groups, device=rank.device).view(-1, *[1] * (rank.dim() - 1))
+    elif pool == "class":
+        num_groups, group = num_classes, torch.where(valid, target, 0)
+    else:
+        num_groups, group = 1, torch.zeros([1] * rank.dim(), dtype=torch.long, device=rank.device)
+
+    num_valid = world_sum(_count(valid, group, num_groups), pool)
+    if isinstance(min_kept, float):
+        # Exact on any device: 0.29 of 100 pixels is 29, where floats would say 28.
+        share = Fraction(min_kept).limit_denominator(10**6)
+        k = num_valid * share.numerator // share.denominator
+    else:
+        images = torch.tensor([len(rank)], device=rank.device)
+        per_image = min_kept_per == "image" and pool in ("batch", "world")
+        k = (world_sum(images, pool) if per_image else torch.ones_like(images)) * min_kept
+        k = torch.minimum(k, num_valid)
+    short = world_sum(_count(hard, group, num_groups), pool) < k
+    if rank.device.type == "cpu" and not torch.compiler.is_compiling() and not short.any():
+        return torch.zeros_like(valid)  # on the CPU a look costs nothing and saves the search
+    kth = _kth_largest(rank, valid, group, num_groups, k, pool)
+    return valid & short[group] & (rank >= kth[group])
+
+
+def _count(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Number of True pixels in each group, int64, shape (num_groups,)."""
+    if num_groups == 1:
+        return mask.sum().reshape(1)
+    counts = torch.zeros(num_groups, dtype=torch.long, device=mask.device)
+    index = group.expand_as(mask).reshape(-1)
+    return counts.scatter_add_(0, index, mask.reshape(-1).long())
+
+
+def _kth_largest(
+    values: Tensor, valid: Tensor, group: Tensor, num_groups: int, k: Tensor, pool: Pool
+) -> Tensor:
+    """Exact k-th largest value of each group, by radix select.
+
+    Non-negative floats are ordered as their bit patterns are. Each pass histograms one digit of
+    the values that share the digits found so far and walks down from the top bin to the k-th. Sums
+    of histograms are histograms of unions, so the result is exact over ranks as well, in memory
+    that does not depend on the number of pixels.
+
+    Args:
+        values: Non-negative float32 or float64, shape (N, ...).
+        valid: Bool, shape (N, ...): the pixels that take part.
+        group: Index of each pixel's group, broadcastable to (N, ...).
+        num_groups: Number of groups, G.
+        k: Rank sought in each group, int64, shape (G,), at most the group's valid pixels. Where it
+            is 0 the result is undefined.
+        pool: 'world' adds the histograms of all ranks.
+
+    Returns:
+        The k-th largest values, shape (G,), in the dtype of ``values``.
+    """
+    bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+    prefix = torch.zeros(num_groups, dtype=bits.dtype, device=bits.device)
+    shift = bits.element_size() * 8 - 1  # the sign bit is 0
+    alive = valid
+    while shift:
+        width = min(_DIGIT, shift)
+        shift -= width
+        bins = 1 << width
+        digit = (bits >> shift) & (bins - 1)
+        index = (group * bins + digit).reshape(-1)
+        hist = torch.zeros(num_groups * bins, dtype=torch.long, device=bits.device)
+        hist.scatter_add_(0, index, alive.reshape(-1).long())
+        hist = world_sum(hist, pool).view(num_groups, bins)
+        above = hist.flip(1).cumsum(1)  # above[:, i]: pixels in the i + 1 highest bins
+        step = (above < k[:, None]).sum(1).clamp_max(bins - 1)
+        before = (above.gather(1, step[:, None]) - hist.flip(1).gather(1, step[:, None])).squeeze(1)
+        k = k - before
+        prefix = (prefix << width) | (bins - 1 - step).to(bits.dtype)
+        alive = alive & ((bits >> shift) == prefix[group])
+    return prefix.view(values.dtype)

@@ -1,0 +1,79 @@
+"""Train a segmentor: mmseg's train tool, for configs given by path or by short name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ohem_mm import cli
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Train a segmentor.")
+    parser.add_argument(
+        "config",
+        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
+        '"python -m ohem_mm.config --list" prints them all',
+    )
+    parser.add_argument("--work-dir", help="folder for logs and checkpoints")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
+    )
+    parser.add_argument("--amp", action="store_true", help="train in mixed precision (GPU only)")
+    cli.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def apply_amp(cfg: Config) -> None:
+    """Switch the optimizer wrapper to mixed precision."""
+    kind = cli.type_name(cfg.optim_wrapper)
+    if kind == "AmpOptimWrapper":
+        print("warning: --amp: the config trains in mixed precision already", file=sys.stderr)
+    elif kind in ("OptimWrapper", ""):
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+    else:
+        raise cli.UserError(f"--amp works with the OptimWrapper, but the config has {kind}")
+
+
+def apply_resume(cfg: Config) -> None:
+    """Resume from the latest checkpoint of the work dir; from ``load_from`` if that is set."""
+    cfg.resume = True
+    if cfg.get("load_from") is not None:
+        return
+    marker = Path(cfg.work_dir, "last_checkpoint")
+    if marker.is_file():
+        cli.check_checkpoint(marker.read_text().strip())
+    else:
+        print(
+            f"warning: --resume: {cfg.work_dir!r} has no checkpoint, so training starts from "
+            "the beginning",
+            file=sys.stderr,
+        )
+
+
+def main() -> None:
+    """Train."""
+    args = parse_args()
+    cfg = cli.load_config(args)
+    if args.amp:
+        apply_amp(cfg)
+    if args.resume:
+        apply_resume(cfg)
+    cli.check_losses(cfg)
+    cli.check_amp_device(cfg)
+    cli.check_pretrained(cfg)
+    if cfg.get("load_from"):
+        cli.check_checkpoint(cfg.load_from)
+    cli.check_datasets(cfg, ("train", "val"))
+    cli.build_runner(cfg).train()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
