@@ -1,0 +1,15 @@
+"""Online hard example mining (OHEM) cross-entropy for OpenMMLab and plain PyTorch."""
+
+from .loss import OhemCrossEntropyLoss, ohem_cross_entropy
+
+__all__ = ["OhemCrossEntropyLoss", "ohem_cross_entropy"]
+__version__ = "0.1.0"
+
+try:
+    from mmengine.registry import MODELS
+except ImportError:  # plain PyTorch: nothing to register in
+    pass
+else:
+    # The root registry, so that every OpenMMLab scope finds it. Reloading the module is harmless.
+    if OhemCrossEntropyLoss.__name__ not in MODELS.module_dict:
+        MODELS.register_module(module=OhemCrossEntropyLoss)
