@@ -416,6 +416,7 @@ def _load_class_weight(source: Sequence[float] | str | os.PathLike[str]) -> list
 
 
 def _drop_channel(value: Tensor, dim: int) -> Tensor:
+    """(N, 1, ...) to (N, ...), where ``dim`` is the number of dimensions wanted."""
     return value.squeeze(1) if value.dim() == dim + 1 and value.shape[1] == 1 else value
 
 
@@ -426,7 +427,7 @@ def _fit(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Tensor, T
     if target.is_floating_point() or target.is_complex():
         raise TypeError(f"target must hold integer class indices, but got {target.dtype}.")
     shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
-    target = _drop_channel(target, logits.dim() - 1).long()
+    target = _drop_channel(target, max(1, logits.dim() - 1)).long()
     if logits.dim() < 2 or target.dim() != logits.dim() - 1 or len(logits) != len(target):
         raise ValueError(f"Expected logits (N, C, ...) and target (N, ...), but got {shapes}.")
     size = target.shape[1:]

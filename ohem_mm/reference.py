@@ -1,0 +1,170 @@
+"""The oracle: the same definitions, written slowly and obviously, in float64.
+
+Tests and benchmarks compare with it; nothing in the package calls it. It loops over pixels in
+Python, sorts lists and leaves the gradient to autograd, so that each rule can be read off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pixel_losses(
+    logits: Tensor, target: Tensor, *, use_sigmoid: bool = False, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy of each pixel of a flat list.
+
+    Args:
+        logits: float64, shape (P, C).
+        target: int64, shape (P,), in [0, C), or {0, 1} for one sigmoid channel.
+        use_sigmoid: Binary cross-entropies, summed over the channels.
+        label_smoothing: Share of the target mass spread evenly.
+
+    Returns:
+        float64, shape (P,).
+    """
+    classes = logits.shape[1]
+    if use_sigmoid:
+        hot = target[:, None] == torch.arange(classes) if classes > 1 else target[:, None] == 1
+        soft = hot.double() * (1 - label_smoothing) + label_smoothing / 2
+        return -(soft * F.logsigmoid(logits) + (1 - soft) * F.logsigmoid(-logits)).sum(1)
+    soft = F.one_hot(target, classes).double() * (1 - label_smoothing) + label_smoothing / classes
+    log_p = logits.log_softmax(1)
+    return -torch.where(soft > 0, soft * log_p, 0).sum(1)  # a class may have probability 0
+
+
+def kept_pixels(
+    losses: Sequence[float],
+    target: Sequence[int],
+    image: Sequence[int],
+    *,
+    thresh: float | None = 0.7,
+    min_kept: int | float = 1 / 16,
+    pool: str = "batch",
+    min_kept_per: str = "batch",
+    always_keep: Sequence[int] = (),
+    images: int = 1,
+) -> list[bool]:
+    """Decide for each of the VALID pixels whether it is kept.
+
+    Args:
+        losses: Unweighted loss of each valid pixel.
+        target: Class of each valid pixel.
+        image: Index of the image that each valid pixel lies in.
+        thresh: See ``ohem_mm.ohem_cross_entropy``, as for the other settings.
+        min_kept: Floor.
+        pool: Pool of the floor.
+        min_kept_per: Unit of an int floor.
+        always_keep: Classes that are always kept.
+        images: Number of images in the batch, N.
+
+    Returns:
+        One bool for each valid pixel.
+    """
+    losses = [math.inf if math.isnan(loss) else loss for loss in losses]
+    pools: dict[int, list[int]] = {}
+    for pixel in range(len(losses)):
+        key = {"batch": 0, "world": 0, "image": image[pixel], "class": target[pixel]}[pool]
+        pools.setdefault(key, []).append(pixel)
+
+    keep = [False] * len(losses)
+    for members in pools.values():
+        hard = [i for i in members if thresh is not None and losses[i] > -math.log(thresh)]
+        if isinstance(min_kept, float):
+            k = math.floor(Fraction(min_kept).limit_denominator(10**6) * len(members))
+        elif min_kept_per == "image" and pool in ("batch", "world"):
+            k = min_kept * images
+        else:
+            k = min_kept
+        chosen = hard
+        if k > 0 and len(hard) < k:
+            if len(members) <= k:
+                chosen = members
+            else:
+                kth = sorted((losses[i] for i in members), reverse=True)[k - 1]
+                chosen = [i for i in members if losses[i] >= kth]
+        for i in chosen:
+            keep[i] = True
+    for i in range(len(losses)):
+        if target[i] in always_keep or math.isinf(losses[i]):
+            keep[i] = True
+    return keep
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    thresh: float | None = 0.7,
+    min_kept: int | float = 1 / 16,
+    pool: str = "batch",
+    min_kept_per: str = "batch",
+    always_keep: Sequence[int] = (),
+    avg: str = "kept",
+    weighted_mean: bool = False,
+    avg_factor: float | None = None,
+    ignore_index: int = 255,
+    use_sigmoid: bool = False,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """``ohem_mm.ohem_cross_entropy`` on the CPU in float64, with the same arguments and result."""
+    logits = logits.double()
+    if target.dim() == logits.dim():
+        target = target.squeeze(1)
+    size = target.shape[1:]
+    if logits.shape[2:] != size:
+        mode = ["", "linear", "bilinear", "trilinear"][len(size)]
+        logits = F.interpolate(logits, size=size, mode=mode, align_corners=align_corners)
+    channels = logits.shape[1]
+    flat = logits.movedim(1, -1).reshape(-1, channels)
+    labels = target.reshape(-1).long()
+    places = [i for i, label in enumerate(labels.tolist()) if label != ignore_index]
+    classes = labels[places]
+    image = [i // max(1, size.numel()) for i in places]
+
+    options = {"use_sigmoid": use_sigmoid}
+    mined = pixel_losses(flat[places].detach(), classes, **options)
+    losses = pixel_losses(flat[places], classes, label_smoothing=label_smoothing, **options)
+    keep = kept_pixels(
+        mined.tolist(),
+        classes.tolist(),
+        image,
+        thresh=thresh,
+        min_kept=min_kept,
+        pool=pool,
+        min_kept_per=min_kept_per,
+        always_keep=always_keep,
+        images=len(target),
+    )
+
+    scale = torch.ones(len(places), dtype=torch.float64)
+    if class_weight is not None:
+        scale = scale * class_weight.double()[classes]
+    if weight is not None:
+        scale = scale * weight.double().reshape(target.shape).reshape(-1)[places]
+    chosen = [i for i, kept in enumerate(keep) if kept]
+    if reduction == "none":
+        out = torch.zeros(len(labels), dtype=torch.float64)
+        index = torch.tensor([places[i] for i in chosen], dtype=torch.long)
+        return out.index_add(0, index, (scale * losses)[chosen]).view(target.shape)
+    total = (scale * losses)[chosen].sum()
+    if not chosen:
+        total = total + 0 * logits.nan_to_num(0, 0, 0).sum()
+    if reduction == "sum":
+        return total
+    if avg_factor is None:
+        divisors = {"kept": len(chosen), "valid": len(places), "all": len(labels)}
+        avg_factor = float(divisors[avg])
+        if weighted_mean and avg == "kept" and (class_weight is not None or weight is not None):
+            avg_factor = float(scale[chosen].sum())
+    return total / avg_factor if avg_factor > 0 else total

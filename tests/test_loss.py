@@ -1,0 +1,461 @@
+"""The loss against the float64 oracle, in value and gradient, and its behaviour at the edges."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
+
+SHAPES = [(), (7,), (1, 1), (3, 5), (6, 4), (2, 3, 4)]
+GRAD_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+def value_and_grad(function, logits, *args, **kwargs):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), logits.grad
+
+
+def batch(seed, shape=(2, 4, 6, 5), ignored=0.2, scale=3.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    target = torch.randint(0, max(2, shape[1]), (shape[0], *shape[2:]), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = 255
+    return logits, target
+
+
+@st.composite
+def problems(draw):
+    use_sigmoid = draw(st.booleans())
+    channels = draw(st.integers(1 if use_sigmoid else 2, 5))
+    classes = max(2, channels)
+    shape = (draw(st.integers(1, 3)), channels, *draw(st.sampled_from(SHAPES)))
+    dtype = draw(st.sampled_from(list(GRAD_TOLERANCE)))
+    logits, target = batch(
+        draw(st.integers(0, 10**6)),
+        shape,
+        ignored=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        # Large logits in float64 alone: the losses of easy pixels round to ties in float32, and the
+        # oracle's do not.
+        scale=draw(st.sampled_from([0.0, 0.1, 3.0] + [30.0, 300.0] * (dtype == torch.float64))),
+        dtype=dtype,
+    )
+    if draw(st.booleans()):  # ties: the same pixel many times
+        flat = logits.flatten(2) if logits.dim() > 2 else logits[:, :, None]
+        logits = flat[:1, :, :1].expand(flat.shape).reshape(shape).clone()
+        target = torch.where(target == 255, 255, draw(st.integers(0, classes - 1)))
+    kind = draw(st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]))
+    if draw(st.booleans()) and logits.dim() > 2:
+        target = target[:, None]
+    weights = torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.1
+    rule = {
+        # Not 1.0: there the rounding of a loss to 0 decides, which float32 and float64 do differently.
+        "thresh": draw(st.sampled_from([None, 0.3, 0.7, 0.99])),
+        "min_kept": draw(st.sampled_from([0, 1, 3, 50, 1 / 16, 0.5, 1.0])),
+        "pool": draw(st.sampled_from(["batch", "image", "class", "world"])),
+        "min_kept_per": draw(st.sampled_from(["batch", "image"])),
+        "always_keep": draw(st.sampled_from([(), (1,)])),
+        "avg": draw(st.sampled_from(["kept", "valid", "all"])),
+        "weighted_mean": draw(st.booleans()),
+        "avg_factor": draw(st.sampled_from([None, 7.0])),
+        "use_sigmoid": use_sigmoid,
+        "class_weight": draw(st.sampled_from([None, weights])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+    }
+    if rule["avg_factor"] is None:
+        rule["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
+    weight = None
+    if draw(st.booleans()):
+        shape = target.shape
+        weight = torch.rand(shape, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    return logits, target.to(kind), weight, rule
+
+
+@settings(max_examples=1000)
+@given(problems())
+def test_equals_oracle_in_value_and_gradient(problem):
+    logits, target, weight, rule = problem
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, weight, **rule)
+    expected, expected_grad = value_and_grad(
+        reference.ohem_cross_entropy, logits.double(), target, weight, **rule
+    )
+    exact = logits.dtype == torch.float64
+    assert loss.dtype == (torch.float64 if exact else torch.float32)
+    assert grad.dtype == logits.dtype
+    tolerance = 1e-9 if exact else 1e-5
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    tolerance = GRAD_TOLERANCE[logits.dtype]
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+def test_extreme_logits_in_float32(dtype, use_sigmoid):
+    logits, target = batch(2, (2, 4, 20, 20), scale=10_000.0, dtype=dtype)
+    rule = {"thresh": 0.7, "min_kept": 0.5, "use_sigmoid": use_sigmoid}
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
+    expected, expected_grad = value_and_grad(
+        reference.ohem_cross_entropy, logits.double(), target, **rule
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-6)
+
+
+def test_textbook_value():
+    torch.manual_seed(20)
+    logits = torch.randn(2, 3, 4, 4)
+    labels = torch.randint(0, 3, (2, 4, 4))
+    loss = OhemCrossEntropyLoss(thresh=0.7, min_kept=1 / 16, ignore_index=255)(logits, labels)
+    assert f"{loss.item():.8f}" == "1.33107340"
+
+
+def test_textbook_formula_for_binary_problems():
+    logits, target = batch(3, (2, 1, 5, 7), ignored=0)
+    p = logits.double().sigmoid().squeeze(1)
+    background = torch.where(1 - p < 0.7, (1 - p).log(), torch.zeros(()).double())
+    expected = -torch.where(target == 1, p.log(), background).sum() / target.numel()
+    loss = ohem_cross_entropy(
+        logits, target, thresh=0.7, use_sigmoid=True, always_keep=[1], avg="all", min_kept=0
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_threshold_is_strict():
+    logits, target = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 4, dtype=torch.long)
+    assert ohem_cross_entropy(logits, target, thresh=0.5, min_kept=0) == 0  # p is not below 0.5
+    assert ohem_cross_entropy(logits, target, thresh=0.51, min_kept=0) == pytest.approx(math.log(2))
+
+
+def test_mining_looks_at_the_unweighted_loss():
+    # Pixel 0 is hard with a tiny weight, pixel 1 easier with a huge one.
+    logits = torch.tensor([[[0.0, 3.0], [2.0, 0.0]]])  # (1, 2, 2), classes 0 and 0
+    target = torch.tensor([[0, 0]])
+    weight = torch.tensor([[0.01, 100.0]])
+    kept = ohem_cross_entropy(
+        logits, target, weight, thresh=None, min_kept=1, reduction="none"
+    )
+    assert kept[0, 0] > 0
+    assert kept[0, 1] == 0
+
+
+def test_gradcheck():
+    logits, target = batch(5, (2, 3, 3, 2), dtype=torch.float64)
+    logits.requires_grad_()
+    weight = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(1)).double()
+    for rule in (
+        {"thresh": 0.7, "min_kept": 3},
+        {"thresh": None, "min_kept": 0.4, "label_smoothing": 0.2, "avg": "valid"},
+        {"thresh": 0.5, "use_sigmoid": True, "label_smoothing": 0.1, "reduction": "none"},
+    ):
+        assert torch.autograd.gradcheck(
+            lambda x, rule=rule: ohem_cross_entropy(x, target, weight, **rule), logits
+        )
+
+
+def test_second_derivative_is_refused_not_wrong():
+    logits, target = batch(5, dtype=torch.float64)
+    logits.requires_grad_()
+    (grad,) = torch.autograd.grad(ohem_cross_entropy(logits, target), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("pool", ["batch", "image", "class", "world"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_nothing_valid_is_a_connected_zero(pool, shape):
+    logits = torch.full(shape, torch.nan)  # not looked at
+    target = torch.full((shape[0], *shape[2:]), 255)
+    for avg in ("kept", "valid", "all"):
+        loss, grad = value_and_grad(ohem_cross_entropy, logits, target, pool=pool, avg=avg)
+        assert loss == 0
+        assert torch.equal(grad, torch.zeros(shape))
+
+
+def test_nothing_kept_is_a_connected_zero():
+    logits = torch.tensor([20.0, 0.0]).view(1, 2, 1, 1)
+    loss, grad = value_and_grad(
+        ohem_cross_entropy, logits, torch.zeros(1, 1, 1, dtype=torch.long), min_kept=0
+    )
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+@pytest.mark.parametrize("rule", [{"min_kept": 0}, {"thresh": None, "min_kept": 1}])
+def test_non_finite_logits(bad, use_sigmoid, rule):
+    logits, target = batch(0, ignored=0.0)
+    target[0, 0, 0], target[1, 2, 2] = 255, 1
+    ignored = logits.clone()
+    ignored[0, :, 0, 0] = bad
+    rule = {"use_sigmoid": use_sigmoid, **rule}
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
+    same, same_grad = value_and_grad(ohem_cross_entropy, ignored, target, **rule)
+    assert torch.equal(loss, same)
+    assert torch.equal(grad, same_grad)
+
+    logits[1, 1, 2, 2] = bad  # at a valid pixel, and on its true class
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
+    assert not loss.isfinite()
+    assert grad[1, :, 2, 2].isnan().all()
+
+
+def test_masked_class_costs_nothing():
+    """A logit of -inf is a probability of exactly zero; elsewhere than the true class it is fine."""
+    logits, target = batch(0, ignored=0.0)
+    logits[:, 3], target[target == 3] = -math.inf, 0
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, thresh=1.0)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(loss, expected)
+    assert grad.isfinite().all()
+
+
+def test_half_precision_saturation_is_exact():
+    logits = torch.tensor([60000.0, -60000.0]).half().view(1, 2, 1, 1)
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, torch.ones(1, 1, 1, dtype=torch.long))
+    assert loss == logits[0, 0].float() - logits[0, 1].float()
+    assert grad.flatten().tolist() == [1.0, -1.0]
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 4, 5), (1, 3, 2, 2, 3)])
+def test_small_logits_are_upsampled(align_corners, shape):
+    logits, _ = batch(4, shape)
+    big = (shape[0], *(3 * s - 1 for s in shape[2:]))
+    target = torch.randint(0, 3, big, generator=torch.Generator().manual_seed(0))
+    rule = {"align_corners": align_corners, "thresh": 0.4}
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
+    expected, expected_grad = value_and_grad(
+        reference.ohem_cross_entropy, logits.double(), target, **rule
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_format_and_strides_change_nothing():
+    logits, target = batch(6, (3, 4, 8, 6))
+    expected = value_and_grad(ohem_cross_entropy, logits, target)
+    variants = [
+        logits.contiguous(memory_format=torch.channels_last),
+        torch.stack([logits, logits], -1)[..., 0],
+    ]
+    for variant in variants:
+        loss, grad = value_and_grad(ohem_cross_entropy, variant, target)
+        torch.testing.assert_close((loss, grad), expected)
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target.mT.contiguous().mT)
+    torch.testing.assert_close((loss, grad), expected)
+
+
+def test_thresh_one_is_plain_cross_entropy():
+    logits, target = batch(7)
+    loss = ohem_cross_entropy(logits, target, thresh=1.0)
+    expected = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_class_weights_as_in_torch():
+    logits, target = batch(8)
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    loss = ohem_cross_entropy(logits, target, thresh=1.0, class_weight=weights, weighted_mean=True)
+    expected = torch.nn.functional.cross_entropy(logits, target, weight=weights, ignore_index=255)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_graph_breaks(backend):
+    logits, target = batch(9)
+    loss = OhemCrossEntropyLoss(thresh=0.3, min_kept=0.6, pool="class")
+    expected = value_and_grad(loss, logits, target)
+    try:
+        compiled = torch.compile(loss, fullgraph=True, backend=backend)
+        result = value_and_grad(compiled, logits, target)
+    except torch._inductor.exc.InductorError as error:  # no C++ compiler on this machine
+        pytest.skip(str(error)[:200])
+    torch.testing.assert_close(result, expected)
+
+
+def test_runs_under_deterministic_algorithms():
+    logits, target = batch(10)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = value_and_grad(ohem_cross_entropy, logits, target, pool="class", min_kept=0.9)
+        second = value_and_grad(ohem_cross_entropy, logits, target, pool="class", min_kept=0.9)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_autocast_does_not_change_the_decisions():
+    logits, target = batch(11)
+    expected = ohem_cross_entropy(logits, target, thresh=0.4, reduction="none")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = ohem_cross_entropy(logits, target, thresh=0.4, reduction="none")
+    assert torch.equal(expected, result)
+
+
+# The module
+
+
+def test_module_equals_function():
+    logits, target = batch(12)
+    weight = torch.rand(target.shape)
+    settings_ = {"thresh": 0.5, "min_kept": 7, "pool": "image", "avg": "valid", "label_smoothing": 0.1}
+    loss = OhemCrossEntropyLoss(**settings_, class_weight=[1, 2, 3, 4], loss_weight=0.4)
+    expected = 0.4 * ohem_cross_entropy(
+        logits, target, weight, **settings_, class_weight=torch.tensor([1.0, 2, 3, 4])
+    )
+    torch.testing.assert_close(loss(logits, target, weight), expected)
+    torch.testing.assert_close(loss(logits, target[:, None], weight=weight, junk=1), expected)
+    assert loss.state_dict() == {}
+    assert loss.loss_name == "loss_ohem"
+
+
+def test_who_sets_ignore_index():
+    logits, _ = batch(13, ignored=0)
+    target = torch.zeros(2, 6, 5, dtype=torch.long)
+    target[0], target[1, 0] = 9, 255
+    marked = target.clone()
+    marked[marked == 9] = 255
+    expected = ohem_cross_entropy(logits, marked)
+    with pytest.raises(ValueError, match="label 9"):
+        OhemCrossEntropyLoss()(logits, target)  # nobody says: 255
+    target[1, 0] = 9
+    torch.testing.assert_close(OhemCrossEntropyLoss()(logits, target, ignore_index=9), expected)
+    torch.testing.assert_close(
+        OhemCrossEntropyLoss(ignore_index=9)(logits, target, ignore_index=255), expected
+    )
+
+
+def test_reduction_override_gives_the_map_that_samplers_sort():
+    logits, target = batch(14)
+    loss = OhemCrossEntropyLoss(min_kept=0.3)
+    loss_map = loss(logits, target, ignore_index=255, reduction_override="none")
+    assert loss_map.shape == target.shape
+    torch.testing.assert_close(loss_map.sum() / (loss_map > 0).sum(), loss(logits, target))
+    with pytest.raises(ValueError, match="reduction must be one of none, mean, sum"):
+        loss(logits, target, reduction_override="median")
+
+
+def test_negative_ignore_index_with_unsigned_labels():
+    logits, target = batch(15, ignored=0)
+    loss = OhemCrossEntropyLoss(ignore_index=-100)
+    torch.testing.assert_close(loss(logits, target.to(torch.uint8)), loss(logits, target))
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json", "yaml", "pkl"])
+def test_class_weight_from_file(tmp_path, suffix):
+    path = tmp_path / f"weights.{suffix}"
+    weights = [1.0, 2.5, 0.0, 4.0]
+    if suffix == "npy":
+        np.save(path, np.array(weights))
+    elif suffix == "pkl":
+        pytest.importorskip("mmengine").dump(weights, str(path))
+    else:
+        pytest.importorskip("mmengine")
+        path.write_text(json.dumps(weights))
+    logits, target = batch(16)
+    expected = OhemCrossEntropyLoss(class_weight=weights)(logits, target)
+    torch.testing.assert_close(OhemCrossEntropyLoss(class_weight=str(path))(logits, target), expected)
+
+
+def test_repr_names_settings():
+    text = repr(OhemCrossEntropyLoss(min_kept=100, class_weight=[1.0, 2.0], ignore_index=0))
+    assert text == (
+        "OhemCrossEntropyLoss(thresh=0.7, min_kept=100, ignore_index=0, class_weight=[1.0, 2.0])"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"thresh": 0}, ValueError, r"thresh must be None or a probability in \(0, 1\].*got 0"),
+        ({"thresh": 1.5}, ValueError, "1.5"),
+        ({"thresh": math.nan}, ValueError, "nan"),
+        ({"thresh": "0.7"}, ValueError, "'0.7'"),
+        ({"thresh": True}, ValueError, "True"),
+        ({"min_kept": -1}, ValueError, "min_kept must be an int >= 0.*got -1"),
+        ({"min_kept": 1.5}, ValueError, "1.5"),
+        ({"min_kept": math.nan}, ValueError, "nan"),
+        ({"min_kept": None}, TypeError, "None"),
+        ({"pool": "gpu"}, ValueError, "pool must be one of batch, image, class, world.*'gpu'"),
+        ({"avg": "mean"}, ValueError, "avg must be one of kept, valid, all"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of none, mean, sum"),
+        ({"min_kept_per": "pixel"}, ValueError, "min_kept_per must be one of batch, image"),
+        ({"always_keep": [-1]}, ValueError, "-1"),
+        ({"always_keep": 1}, TypeError, "always_keep must be a list"),
+        ({"always_keep": [1.0]}, ValueError, "1.0"),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\)"),
+        ({"ignore_index": 1.5}, TypeError, "1.5"),
+        ({"loss_weight": -1}, ValueError, "loss_weight"),
+        ({"loss_name": "ohem"}, ValueError, "loss_name must start with 'loss_'"),
+        ({"class_weight": [1, -2]}, ValueError, "-2"),
+        ({"class_weight": []}, ValueError, "class_weight"),
+        ({"class_weight": "/no/such.npy"}, FileNotFoundError, "/no/such.npy"),
+        ({"thres": 0.9}, TypeError, "unknown keyword 'thres'. Did you mean thresh?"),
+        ({"min_keep": 9}, TypeError, "Did you mean min_kept?"),
+        ({"ignore_label": 9}, TypeError, "Did you mean ignore_index?"),
+        ({"avg_non_ignore": True}, TypeError, "Did you mean avg='valid'?"),
+        ({"xyzzy": 1}, TypeError, "unknown keyword 'xyzzy'. Allowed: thresh, min_kept"),
+    ],
+)
+def test_bad_settings_are_refused_at_build_time(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        OhemCrossEntropyLoss(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "kwargs", "error", "message"),
+    [
+        ((1, 3, 4), torch.full((1, 4), 3), {}, ValueError, r"label 3.*\(0 to 2\).*\(255\)"),
+        ((1, 3, 4), torch.full((1, 4), -1), {}, ValueError, "label -1"),
+        ((1, 1, 4), torch.full((1, 4), 2), {"use_sigmoid": True}, ValueError, "label 2"),
+        ((1, 3, 4), torch.zeros(1, 4), {}, TypeError, "torch.float32"),
+        ((1, 3, 4), torch.zeros(2, 4).long(), {}, ValueError, r"\(1, 3, 4\).*\(2, 4\)"),
+        ((1, 3, 4), torch.zeros(1, 3).long(), {}, ValueError, "larger"),
+        ((3,), torch.zeros(3).long(), {}, ValueError, "Expected logits"),
+        ((1, 3, 4), torch.zeros(1, 4).long(), {"class_weight": [1, 2]}, ValueError, "3 classes"),
+        ((1, 3, 4), torch.zeros(1, 4).long(), {"always_keep": [3]}, ValueError, "class 3"),
+    ],
+)
+def test_bad_inputs_are_refused(logits, target, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        OhemCrossEntropyLoss(**kwargs)(torch.zeros(logits), target)
+
+
+def test_integer_logits_are_refused():
+    with pytest.raises(TypeError, match="int64"):
+        ohem_cross_entropy(torch.zeros(1, 3, 4).long(), torch.zeros(1, 4).long())
+
+
+def test_avg_factor_does_not_go_with_sum():
+    logits, target = batch(17)
+    with pytest.raises(ValueError, match="avg_factor"):
+        ohem_cross_entropy(logits, target, avg_factor=3.0, reduction="sum")
+
+
+def test_imports_with_torch_alone():
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('mmengine', 'mmcv', 'mmseg', 'numpy', 'cv2', 'PIL'):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import torch, ohem_mm
+loss = ohem_mm.OhemCrossEntropyLoss(class_weight=[1.0, 2.0])
+print(float(loss(torch.zeros(1, 2, 3), torch.zeros(1, 3, dtype=torch.long))))
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == pytest.approx(math.log(2))
