@@ -9,18 +9,20 @@ uses.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mining import Pool, keep_mask, world_size, world_sum
+from .mining import OURS, Habits, Pool, keep_mask, share_of, world_size, world_sum
 from .ops import pixel_cross_entropy
+from .presets import preset_settings
 
 Reduction = Literal["none", "mean", "sum"]
 Average = Literal["kept", "valid", "all"]
@@ -58,6 +60,7 @@ def ohem_cross_entropy(
     label_smoothing: float = 0.0,
     align_corners: bool = False,
     reduction: Reduction = "mean",
+    habits: Habits = OURS,
 ) -> Tensor:
     """Cross-entropy over the hard pixels.
 
@@ -80,7 +83,8 @@ def ohem_cross_entropy(
         min_kept_per: 'image' reads an int ``min_kept`` as pixels per image, pooled over the batch.
         always_keep: Classes whose valid pixels are always kept.
         avg: Divisor for reduction 'mean': number of 'kept' pixels, of 'valid' pixels, or of 'all'.
-        weighted_mean: With ``avg='kept'``, divide by the sum of the kept pixels' weights.
+        weighted_mean: Where there are weights, divide by the sum of the weights of the pixels that
+            ``avg`` counts, instead of by their number; ignored pixels weigh nothing.
         avg_factor: Divisor given by hand; overrides ``avg``.
         ignore_index: Label of pixels that do not count.
         use_sigmoid: Binary cross-entropy: one channel with labels {0, 1}, or C channels against
@@ -90,6 +94,7 @@ def ohem_cross_entropy(
             that is optimised. Mining ignores it.
         align_corners: As in ``torch.nn.functional.interpolate``, when upsampling.
         reduction: 'mean', 'sum', or 'none' for the map with 0 at pixels that are not kept.
+        habits: Ways of other implementations, set by the presets.
 
     Returns:
         A scalar, or for ``reduction='none'`` a map of shape (N, ...). It is always connected to
@@ -120,17 +125,6 @@ def ohem_cross_entropy(
     mined, loss = pixel_cross_entropy(
         logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
     )
-    keep = keep_mask(
-        mined,
-        target,
-        valid,
-        num_classes,
-        thresh=thresh,
-        min_kept=min_kept,
-        pool=pool,
-        min_kept_per=min_kept_per,
-        always_keep=always_keep,
-    )
     scale = None
     if class_weight is not None:
         scale = class_weight.to(loss)[target]
@@ -139,6 +133,18 @@ def ohem_cross_entropy(
         scale = weight if scale is None else scale * weight
     if scale is not None:
         loss = loss * scale
+    keep = keep_mask(
+        mined * scale if habits.mine_weighted and scale is not None else mined,
+        target,
+        valid,
+        num_classes,
+        thresh=thresh,
+        min_kept=min_kept,
+        pool=pool,
+        min_kept_per=min_kept_per,
+        always_keep=always_keep,
+        habits=habits,
+    )
     loss = torch.where(keep, loss, 0)
 
     if reduction == "none":
@@ -149,17 +155,34 @@ def ohem_cross_entropy(
             raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
         return total
     if avg_factor is None:
-        if avg == "kept" and weighted_mean and scale is not None:
-            divisor = torch.where(keep, scale, 0).sum()
-        elif avg == "all":
-            divisor = total.new_tensor(float(keep.numel()))
+        pixels = torch.ones_like(keep) if avg == "all" else keep if avg == "kept" else valid
+        if weighted_mean and scale is not None:
+            divisor = torch.where(pixels & valid, scale, 0).sum()
         else:
-            divisor = (keep if avg == "kept" else valid).sum().to(total.dtype)
+            divisor = pixels.sum().to(total.dtype)
+        if habits.ignored_take_slots and isinstance(min_kept, float):
+            everything = torch.full_like(divisor, keep.numel(), dtype=torch.long)
+            divisor = torch.maximum(divisor, share_of(everything, min_kept).to(divisor.dtype))
+        divisor = divisor + habits.eps * keep.numel()
         # Ranks average their gradients afterwards, so each takes its share of the divisor.
         divisor = world_sum(divisor, pool) / world_size(pool)
     else:
         divisor = torch.as_tensor(avg_factor, dtype=total.dtype, device=total.device)
     return total / torch.where(divisor > 0, divisor, 1)
+
+
+def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
+    """Let the settings of ``preset`` stand in for the arguments that were not given."""
+
+    @functools.wraps(init)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("preset") is not None:
+            given = inspect.signature(init).bind_partial(self, *args, **kwargs).arguments
+            settings = preset_settings(kwargs["preset"])
+            kwargs |= {name: settings[name] for name in settings.keys() - given.keys()}
+        init(self, *args, **kwargs)
+
+    return wrapped
 
 
 class OhemCrossEntropyLoss(nn.Module):
@@ -169,7 +192,9 @@ class OhemCrossEntropyLoss(nn.Module):
     mmseg, mmdet or mmpretrain can say ``loss_decode=dict(type='OhemCrossEntropyLoss')``.
 
     Args:
-        thresh: See :func:`ohem_cross_entropy`, as for all settings that are not listed here.
+        preset: Rule of another implementation, a key of ``ohem_mm.presets.PRESETS``. It replaces
+            the defaults; whatever else is given wins.
+        thresh: See :func:`ohem_cross_entropy`, as for all settings that only refer there.
         min_kept: See :func:`ohem_cross_entropy`.
         pool: See :func:`ohem_cross_entropy`.
         min_kept_per: See :func:`ohem_cross_entropy`.
@@ -187,6 +212,7 @@ class OhemCrossEntropyLoss(nn.Module):
         loss_weight: Factor on the result.
         loss_name: Name in the log. mmseg optimises only entries whose name contains 'loss', so it
             must start with ``loss_``.
+        habits: See :func:`ohem_cross_entropy`.
         **unknown: Refused, with the name that was probably meant.
 
     Raises:
@@ -202,6 +228,7 @@ class OhemCrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
+    @_with_preset
     def __init__(
         self,
         thresh: float | None = 0.7,
@@ -219,6 +246,8 @@ class OhemCrossEntropyLoss(nn.Module):
         reduction: Reduction = "mean",
         loss_weight: float = 1.0,
         loss_name: str = "loss_ohem",
+        habits: Habits = OURS,
+        preset: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -252,6 +281,8 @@ class OhemCrossEntropyLoss(nn.Module):
         self.align_corners = align_corners
         self.reduction = reduction
         self.loss_weight = loss_weight
+        self.habits = habits
+        self.preset = preset
         self._loss_name = loss_name
         # Not persistent: a checkpoint holds the same keys with this loss as with any other.
         weights = None if class_weight is None else torch.tensor(_load_class_weight(class_weight))
@@ -301,8 +332,22 @@ class OhemCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             align_corners=self.align_corners,
             reduction=self.reduction if reduction_override is None else reduction_override,
+            habits=self.habits,
         )
         return self.loss_weight * loss
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> OhemCrossEntropyLoss:
+        """Build the loss with the rule of another implementation.
+
+        Args:
+            name: A key of ``ohem_mm.presets.PRESETS``.
+            **overrides: Settings that win over those of the preset.
+
+        Returns:
+            The loss, as ``OhemCrossEntropyLoss(preset=name, **overrides)`` builds it.
+        """
+        return cls(preset=name, **overrides)
 
     @property
     def loss_name(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,27 @@ Pool = Literal["batch", "image", "class", "world"]
 
 # Bits of one radix digit: 2048 bins find a float32 in three passes.
 _DIGIT = 11
+
+
+class Habits(NamedTuple):
+    """Ways of other implementations that a preset keeps; see ``ohem_mm.presets``.
+
+    Attributes:
+        one_less: The floor keeps k - 1 pixels where the pool has more than k.
+        zero_keeps_all: ``min_kept=0`` turns mining off and keeps every valid pixel.
+        ignored_take_slots: Ignored pixels count in a share and in the divisor.
+        mine_weighted: Mining looks at the loss after weighting.
+        eps: The divisor grows by ``eps`` times the number of all pixels.
+    """
+
+    one_less: bool = False
+    zero_keeps_all: bool = False
+    ignored_take_slots: bool = False
+    mine_weighted: bool = False
+    eps: float = 0.0
+
+
+OURS = Habits()
 
 
 def keep_mask(
@@ -33,6 +54,7 @@ def keep_mask(
     pool: Pool = "batch",
     min_kept_per: Literal["batch", "image"] = "batch",
     always_keep: Sequence[int] = (),
+    habits: Habits = OURS,
 ) -> Tensor:
     """Decide which pixels are trained on.
 
@@ -49,10 +71,13 @@ def keep_mask(
             'world' (the batches of all ranks of the default process group together).
         min_kept_per: 'image' multiplies an int ``min_kept`` by N; for pools 'batch' and 'world'.
         always_keep: Classes whose valid pixels are always kept.
+        habits: Deviations from this rule that a preset asks for.
 
     Returns:
         Bool mask of kept pixels, shape (N, ...).
     """
+    if habits.zero_keeps_all and not min_kept:
+        return valid
     # NaN sorts as the largest; abs() clears the sign of -0.0, whose bits would not be ordered.
     rank = torch.where(loss.isnan(), torch.inf, loss.detach().abs())
     keep = valid & rank.isinf()
@@ -60,7 +85,7 @@ def keep_mask(
         keep = keep | (valid & (rank > -math.log(thresh)))
     if min_kept and rank.numel():
         keep = keep | _below_floor(
-            rank, target, valid, keep, num_classes, min_kept, pool, min_kept_per
+            rank, target, valid, keep, num_classes, min_kept, pool, min_kept_per, habits
         )
     for cls in always_keep:
         keep = keep | (valid & (target == cls))
@@ -81,6 +106,15 @@ def world_size(pool: Pool) -> int:
     return 1
 
 
+def share_of(count: Tensor, share: float) -> Tensor:
+    """A share of a count of pixels, rounded down, int64.
+
+    Exact on any device, in integers: 0.29 of 100 pixels is 29, where floats would say 28.
+    """
+    exact = Fraction(share).limit_denominator(10**6)
+    return count * exact.numerator // exact.denominator
+
+
 def _below_floor(
     rank: Tensor,
     target: Tensor,
@@ -90,6 +124,7 @@ def _below_floor(
     min_kept: int | float,
     pool: Pool,
     min_kept_per: str,
+    habits: Habits,
 ) -> Tensor:
     """Pixels that the floor keeps: those at or above the k-th largest of a pool short of k."""
     # `group` broadcasts against the pixels: which pool a pixel belongs to.
@@ -103,14 +138,17 @@ def _below_floor(
 
     num_valid = world_sum(_count(valid, group, num_groups), pool)
     if isinstance(min_kept, float):
-        # Exact on any device: 0.29 of 100 pixels is 29, where floats would say 28.
-        share = Fraction(min_kept).limit_denominator(10**6)
-        k = num_valid * share.numerator // share.denominator
+        base = num_valid
+        if habits.ignored_take_slots:
+            base = world_sum(_count(torch.ones_like(valid), group, num_groups), pool)
+        k = share_of(base, min_kept)
     else:
         images = torch.tensor([len(rank)], device=rank.device)
         per_image = min_kept_per == "image" and pool in ("batch", "world")
         k = (world_sum(images, pool) if per_image else torch.ones_like(images)) * min_kept
-        k = torch.minimum(k, num_valid)
+    if habits.one_less:
+        k = torch.where(num_valid > k, k - 1, k)
+    k = torch.minimum(k, num_valid)
     short = world_sum(_count(hard, group, num_groups), pool) < k
     if rank.device.type == "cpu" and not torch.compiler.is_compiling() and not short.any():
         return torch.zeros_like(valid)  # on the CPU a look costs nothing and saves the search

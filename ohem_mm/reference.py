@@ -7,7 +7,7 @@ Python, sorts lists and leaves the gradient to autograd, so that each rule can b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -165,6 +165,147 @@ def ohem_cross_entropy(
     if avg_factor is None:
         divisors = {"kept": len(chosen), "valid": len(places), "all": len(labels)}
         avg_factor = float(divisors[avg])
-        if weighted_mean and avg == "kept" and (class_weight is not None or weight is not None):
-            avg_factor = float(scale[chosen].sum())
+        if weighted_mean and (class_weight is not None or weight is not None):
+            avg_factor = float((scale[chosen] if avg == "kept" else scale).sum())
     return total / avg_factor if avg_factor > 0 else total
+
+
+# The rules of other implementations, each restated from its published behaviour and independently
+# of `ohem_mm.presets`. They keep the defects of the originals: the comments say where.
+#
+# Arguments: logits float64 (N, C, H, W); target int64 (N, H, W); thresh; min_kept as the original
+# counts it; class_weight (C,) or None; ignore_index 255.
+
+
+def _flat(logits: Tensor, target: Tensor, class_weight: Tensor | None) -> tuple[Tensor, ...]:
+    """Losses (weighted), true-class probabilities and validity of all pixels in one list."""
+    losses = F.cross_entropy(
+        logits, target, weight=class_weight, ignore_index=255, reduction="none"
+    )
+    valid = target != 255
+    index = torch.where(valid, target, 0)[:, None]
+    probs = logits.detach().softmax(1).gather(1, index).squeeze(1)
+    return losses.flatten(), probs.flatten(), valid.flatten()
+
+
+def mmseg_sampler(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    thresh: float | None = 0.7,
+    min_kept: float = 100_000,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """mmseg's OHEMPixelSampler and CrossEntropyLoss(avg_non_ignore=False) in a decode head.
+
+    Defects: with n <= k valid pixels and no hard one, n - 1 are kept. ``min_kept`` is per image.
+    """
+    losses, probs, valid = _flat(logits, target, class_weight)
+    k = int(min_kept) * len(target)
+    if thresh is not None:
+        order = probs[valid].sort().values
+        limit = max(float(order[min(k, len(order) - 1)]), thresh)
+        keep = valid & (probs < limit)
+    else:
+        keep = torch.zeros_like(valid)
+        places = valid.nonzero().flatten()
+        keep[places[losses.detach()[places].argsort(descending=True)[:k]]] = True
+    divisor = float(target.numel())
+    if class_weight is not None:
+        divisor = float(class_weight[target.flatten()[valid]].sum())
+    return (losses * keep).sum() / divisor
+
+
+def mmseg_sampler_topk(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    min_kept: float = 100_000,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """The same sampler with ``thresh=None``: it sorts the losses as they are optimised."""
+    return mmseg_sampler(logits, target, thresh=None, min_kept=min_kept, class_weight=class_weight)
+
+
+def hrnet(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    thresh: float = 0.7,
+    min_kept: float = 100_000,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """OhemCrossEntropy of HRNet, DDRNet, PIDNet and mmseg.
+
+    Defects: an error (mmseg: a zero without a gradient) when all is ignored, NaN when nothing lies
+    strictly below the limit, n - 1 pixels when n <= k.
+    """
+    losses, probs, valid = _flat(logits, target, class_weight)
+    order = probs[valid].sort().values
+    limit = max(float(order[min(max(1, int(min_kept)), len(order) - 1)]), thresh)
+    return losses[valid][probs[valid] < limit].mean()
+
+
+def bisenet(
+    logits: Tensor, target: Tensor, *, thresh: float = 0.7, min_kept: float = 1 / 16
+) -> Tensor:
+    """OhemCELoss of CoinCheung's BiSeNet. Defect: NaN where a sixteenth of the pixels is none."""
+    losses, _, valid = _flat(logits, target, None)
+    least = int(valid.sum()) // round(1 / min_kept)
+    hard = losses[losses > -math.log(thresh)]
+    if len(hard) < least:
+        hard = losses.topk(least).values
+    return hard.mean()
+
+
+def torchseg(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    thresh: float = 0.6,
+    min_kept: float = 256,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """ProbOhemCrossEntropy2d of TorchSeg and TorchSemiSeg."""
+    _, probs, valid = _flat(logits, target, None)
+    labels = target.flatten().clone()
+    if 0 < min_kept <= int(valid.sum()):
+        order = torch.where(valid, probs, 1).sort().values
+        limit = max(float(order[int(min_kept) - 1]), thresh)
+        labels[~(probs <= limit)] = 255
+    return F.cross_entropy(
+        logits, labels.view_as(target), weight=class_weight, ignore_index=255, reduction="mean"
+    )
+
+
+def paddleseg(
+    logits: Tensor, target: Tensor, *, thresh: float = 0.7, min_kept: float = 10_000
+) -> Tensor:
+    """OhemCrossEntropyLoss of PaddleSeg. Defect: nothing is kept when the hardest are tied."""
+    losses, probs, valid = _flat(logits, target, None)
+    keep = valid
+    if 0 < min_kept < int(valid.sum()):
+        order = torch.where(valid, probs, probs + 1).sort().values
+        keep = valid & (probs < max(float(order[int(min_kept) - 1]), thresh))
+    return (losses * keep).mean() / (keep.double().mean() + 1e-5)
+
+
+def hardest_share(
+    logits: Tensor, target: Tensor, *, min_kept: float, class_weight: Tensor | None = None
+) -> Tensor:
+    """DeepLabCE of detectron2 and TopKLoss of nnU-Net: mean of the largest of all losses."""
+    losses = _flat(logits, target, class_weight)[0]
+    return losses.topk(int(min_kept * losses.numel())).values.mean()
+
+
+ORIGINALS: dict[str, Callable[..., Tensor]] = {
+    "mmseg-sampler": mmseg_sampler,
+    "mmseg-sampler-topk": mmseg_sampler_topk,
+    "hrnet": hrnet,
+    "bisenet": bisenet,
+    "torchseg": torchseg,
+    "paddleseg": paddleseg,
+    "detectron2": hardest_share,
+    "nnunet": hardest_share,
+    "textbook": bisenet,
+}

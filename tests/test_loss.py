@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
 
 SHAPES = [(), (7,), (1, 1), (3, 5), (6, 4), (2, 3, 4)]
-GRAD_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-9}
+GRAD_TOLERANCE = {
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+    torch.float32: 1e-5,
+    torch.float64: 1e-9,
+}
 
 
 def value_and_grad(function, logits, *args, **kwargs):
@@ -139,9 +144,7 @@ def test_mining_looks_at_the_unweighted_loss():
     logits = torch.tensor([[[0.0, 3.0], [2.0, 0.0]]])  # (1, 2, 2), classes 0 and 0
     target = torch.tensor([[0, 0]])
     weight = torch.tensor([[0.01, 100.0]])
-    kept = ohem_cross_entropy(
-        logits, target, weight, thresh=None, min_kept=1, reduction="none"
-    )
+    kept = ohem_cross_entropy(logits, target, weight, thresh=None, min_kept=1, reduction="none")
     assert kept[0, 0] > 0
     assert kept[0, 1] == 0
 
@@ -308,7 +311,13 @@ def test_autocast_does_not_change_the_decisions():
 def test_module_equals_function():
     logits, target = batch(12)
     weight = torch.rand(target.shape)
-    settings_ = {"thresh": 0.5, "min_kept": 7, "pool": "image", "avg": "valid", "label_smoothing": 0.1}
+    settings_ = {
+        "thresh": 0.5,
+        "min_kept": 7,
+        "pool": "image",
+        "avg": "valid",
+        "label_smoothing": 0.1,
+    }
     loss = OhemCrossEntropyLoss(**settings_, class_weight=[1, 2, 3, 4], loss_weight=0.4)
     expected = 0.4 * ohem_cross_entropy(
         logits, target, weight, **settings_, class_weight=torch.tensor([1.0, 2, 3, 4])
@@ -364,7 +373,9 @@ def test_class_weight_from_file(tmp_path, suffix):
         path.write_text(json.dumps(weights))
     logits, target = batch(16)
     expected = OhemCrossEntropyLoss(class_weight=weights)(logits, target)
-    torch.testing.assert_close(OhemCrossEntropyLoss(class_weight=str(path))(logits, target), expected)
+    torch.testing.assert_close(
+        OhemCrossEntropyLoss(class_weight=str(path))(logits, target), expected
+    )
 
 
 def test_repr_names_settings():

@@ -35,7 +35,9 @@ def problems(draw):
     )
     rule = {
         "thresh": draw(st.sampled_from([None, 0.05, 0.5, 0.7, 1.0])),
-        "min_kept": draw(st.integers(0, 12) | st.sampled_from([0.0, 1 / 16, 0.29, 1 / 3, 0.9, 1.0])),
+        "min_kept": draw(
+            st.integers(0, 12) | st.sampled_from([0.0, 1 / 16, 0.29, 1 / 3, 0.9, 1.0])
+        ),
         "pool": draw(st.sampled_from(["batch", "image", "class", "world"])),
         "min_kept_per": draw(st.sampled_from(["batch", "image"])),
         "always_keep": draw(st.lists(st.integers(0, classes - 1), max_size=2)),
@@ -79,9 +81,7 @@ def test_order_of_pixels_is_irrelevant(problem, random):
     random.shuffle(order)
     kept = keep_mask(loss, target, valid, classes, **rule)
     shuffled = [t.flatten()[order].view(loss.shape) for t in (loss, target, valid)]
-    assert torch.equal(
-        keep_mask(*shuffled, classes, **rule).flatten(), kept.flatten()[order]
-    )
+    assert torch.equal(keep_mask(*shuffled, classes, **rule).flatten(), kept.flatten()[order])
 
 
 @settings(max_examples=300)

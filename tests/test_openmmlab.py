@@ -94,7 +94,9 @@ def test_both_ways_of_naming_it_in_a_stock_config(way, tmp_path):
     text = f"_base_ = [{str(stock)!r}]\n"
     options = {}
     if way == "cfg-options":
-        options = {f"model.{head}.loss_decode.type": dotted for head in ("decode_head", "auxiliary_head")}
+        options = {
+            f"model.{head}.loss_decode.type": dotted for head in ("decode_head", "auxiliary_head")
+        }
     else:
         name = dotted if way == "dotted" else bare
         if way == "custom_imports":
