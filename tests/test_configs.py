@@ -86,11 +86,14 @@ DDRNET = {
 
 # Each family: the heads that mine, as (path, class, loss weight), and the heads that never do.
 # PIDHead and DDRHead have their own tables above.
+BISENETV2 = [
+    ("decode_head", "FCNHead", 1.0),
+    *((f"auxiliary_head.{i}", "FCNHead", 1.0) for i in range(4)),
+]
 MINING: dict[str, list[tuple[str, str, float]]] = {
-    "bisenetv2/bisenetv2_fcn": [
-        ("decode_head", "FCNHead", 1.0),
-        *((f"auxiliary_head.{i}", "FCNHead", 1.0) for i in range(4)),
-    ],
+    "bisenetv2/bisenetv2_fcn": BISENETV2,
+    "camvid/bisenetv2_fcn": BISENETV2,
+    "camvid/efficientnet-lite0_segformer-head": [("decode_head", "SegformerHead", 1.0)],
     "stdc/stdc1_in1k-pre": [
         ("decode_head", "FCNHead", 1.0),
         ("auxiliary_head.0", "FCNHead", 1.0),
@@ -464,4 +467,3 @@ def test_readme_lists_every_config_with_its_numbers() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in link:
             assert (CONFIGS / link).exists(), link
-

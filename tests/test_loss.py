@@ -62,7 +62,7 @@ def problems(draw):
         target = target[:, None]
     weights = torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.1
     rule = {
-        # Not 1.0: there the rounding of a loss to 0 decides, which float32 and float64 do differently.
+        # Not 1.0: there the rounding of a loss to 0 decides, which differs between dtypes.
         "thresh": draw(st.sampled_from([None, 0.3, 0.7, 0.99])),
         "min_kept": draw(st.sampled_from([0, 1, 3, 50, 1 / 16, 0.5, 1.0])),
         "pool": draw(st.sampled_from(["batch", "image", "class", "world"])),
@@ -212,7 +212,7 @@ def test_non_finite_logits(bad, use_sigmoid, rule):
 
 
 def test_masked_class_costs_nothing():
-    """A logit of -inf is a probability of exactly zero; elsewhere than the true class it is fine."""
+    """A logit of -inf is a probability of zero, which is fine except on the true class."""
     logits, target = batch(0, ignored=0.0)
     logits[:, 3], target[target == 3] = -math.inf, 0
     loss, grad = value_and_grad(ohem_cross_entropy, logits, target, thresh=1.0)

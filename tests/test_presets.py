@@ -1,4 +1,4 @@
-"""Every preset against an independent statement of its original, and against mmseg's own classes."""
+"""Every preset against an independent statement of its original, and against mmseg itself."""
 
 import math
 
@@ -15,7 +15,7 @@ SHARES = {"bisenet", "textbook", "detectron2", "nnunet"}
 
 
 def draw(seed, name):
-    """One problem on which the original is well defined, with settings that make its rule matter."""
+    """A random problem, with settings that make the rule of this original matter."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(options):

