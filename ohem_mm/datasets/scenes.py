@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -82,7 +82,7 @@ class _Canvas:
 
     def near(self, colour: Colour, spread: int) -> Colour:
         shift = self.rng.integers(-spread, spread + 1, 3).tolist()
-        b, g, r = (min(255, max(0, c + s)) for c, s in zip(colour, shift))
+        b, g, r = (min(255, max(0, c + s)) for c, s in zip(colour, shift, strict=True))
         return b, g, r
 
     def grey(self, low: int, high: int) -> Colour:
@@ -90,9 +90,9 @@ class _Canvas:
         return self.near((v, v, v), 8)
 
     def polygon(self, points: list[tuple[int, int]], cls: int, colour: Colour) -> None:
-        pts = np.array([points], np.int32)
-        cv2.fillPoly(self.image, pts, colour)
-        cv2.fillPoly(self.label, pts, (cls,))
+        pts = np.array(points, np.int32)
+        cv2.fillPoly(self.image, [pts], colour)
+        cv2.fillPoly(self.label, [pts], (cls,))
 
     def rect(self, x0: int, y0: int, x1: int, y1: int, cls: int, colour: Colour) -> None:
         """Filled rectangle; both corners are inside it."""
@@ -153,9 +153,7 @@ def _building(c: _Canvas, x0: int, x1: int, top: int, ground: int) -> None:
         cv2.line(c.image, (x, top), (x, ground), c.grey(50, 130), 1)
     if c.chance(50):
         x, y = c.between(x0, x1), c.between(top, ground)
-        cv2.rectangle(
-            c.image, (x, y), (min(x + step, x1), y + step // 2), _vivid(c), cv2.FILLED
-        )
+        cv2.rectangle(c.image, (x, y), (min(x + step, x1), y + step // 2), _vivid(c), cv2.FILLED)
 
 
 def _vivid(c: _Canvas) -> Colour:
@@ -170,7 +168,9 @@ def _tree(c: _Canvas, x: int, ground: int, size: int) -> None:
     for _ in range(c.between(4, 7)):
         dx, dy = c.between(-size // 4, size // 4), c.between(-size // 6, size // 4)
         r = c.between(size // 8, size // 4)
-        c.ellipse(x + dx, ground - size * 2 // 3 + dy, max(1, r), max(1, r), TREE, c.near(green, 12))
+        c.ellipse(
+            x + dx, ground - size * 2 // 3 + dy, max(1, r), max(1, r), TREE, c.near(green, 12)
+        )
 
 
 def _car(c: _Canvas, x: int, ground: int, size: int) -> None:
@@ -180,8 +180,12 @@ def _car(c: _Canvas, x: int, ground: int, size: int) -> None:
     c.rect(x0, top + height * 2 // 5, x1, ground - height // 8, CAR, paint)
     inset = length // 5
     c.polygon(
-        [(x0 + inset // 2, top + height // 2), (x0 + inset, top), (x1 - inset, top)]
-        + [(x1 - inset // 2, top + height // 2)],
+        [
+            (x0 + inset // 2, top + height // 2),
+            (x0 + inset, top),
+            (x1 - inset, top),
+            (x1 - inset // 2, top + height // 2),
+        ],
         CAR,
         c.near(paint, 25),
     )
@@ -242,7 +246,8 @@ def _light_and_noise(c: _Canvas) -> UInt8:
     noise = c.rng.integers(-64, 65, (2, h, w, 3), dtype=np.int16).sum(0, dtype=np.int32)
     grain = noise * _NOISE[c.label].astype(np.int32)[..., None] // 128
     image = c.image.astype(np.int32) * gain // 100 + c.between(-12, 12) + grain
-    return np.clip(image, 0, 255).astype(np.uint8)
+    lit: UInt8 = np.clip(image, 0, 255).astype(np.uint8)
+    return lit
 
 
 @lru_cache(maxsize=4)  # the label of a scene is read right after its image
@@ -354,7 +359,7 @@ class StreetScenesDataset(BaseSegDataset):  # type: ignore[misc]
         ValueError: An argument is out of its range.
     """
 
-    METAINFO = dict(classes=CLASSES, palette=PALETTE)
+    METAINFO: ClassVar[dict[str, Any]] = {"classes": CLASSES, "palette": PALETTE}
 
     def __init__(
         self,
@@ -379,12 +384,12 @@ class StreetScenesDataset(BaseSegDataset):  # type: ignore[misc]
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the addresses of the scenes."""
         return [
-            dict(
-                img_path=f"{self.folder}/{i:05d}{self.img_suffix}",
-                seg_map_path=f"{self.folder}/{i:05d}{self.seg_map_suffix}",
-                label_map=self.label_map,
-                reduce_zero_label=self.reduce_zero_label,
-                seg_fields=[],
-            )
+            {
+                "img_path": f"{self.folder}/{i:05d}{self.img_suffix}",
+                "seg_map_path": f"{self.folder}/{i:05d}{self.seg_map_suffix}",
+                "label_map": self.label_map,
+                "reduce_zero_label": self.reduce_zero_label,
+                "seg_fields": [],
+            }
             for i in range(self.num_scenes)
         ]

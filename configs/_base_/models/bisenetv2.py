@@ -1,7 +1,7 @@
 # BiSeNetV2: one decode head and four auxiliary heads, each with a loss of weight 1.
-norm_cfg = dict(type='SyncBN', requires_grad=True)
+norm_cfg = dict(type="SyncBN", requires_grad=True)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -9,10 +9,10 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='BiSeNetV2',
+        type="BiSeNetV2",
         detail_channels=(64, 64, 128),
         semantic_channels=(16, 32, 64, 128),
         semantic_expansion_ratio=6,
@@ -21,7 +21,7 @@ model = dict(
         align_corners=False,
     ),
     decode_head=dict(
-        type='FCNHead',
+        type="FCNHead",
         in_channels=128,
         in_index=0,
         channels=1024,
@@ -31,11 +31,11 @@ model = dict(
         num_classes=19,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=[
         dict(
-            type='FCNHead',
+            type="FCNHead",
             in_channels=in_channels,
             in_index=in_index,
             channels=channels,
@@ -44,7 +44,7 @@ model = dict(
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
         )
         for in_index, in_channels, channels in (
             (1, 16, 16),
@@ -54,5 +54,5 @@ model = dict(
         )
     ],
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )

@@ -1,8 +1,8 @@
 # Fast-SCNN: a decode head and two auxiliary heads. The loss is softmax cross-entropy, as in the
 # paper; mmseg's own config uses one-vs-rest sigmoids, which its pixel sampler cannot mine.
-norm_cfg = dict(type='SyncBN', requires_grad=True, momentum=0.01)
+norm_cfg = dict(type="SyncBN", requires_grad=True, momentum=0.01)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -10,10 +10,10 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='FastSCNN',
+        type="FastSCNN",
         downsample_dw_channels=(32, 48),
         global_in_channels=64,
         global_block_channels=(64, 96, 128),
@@ -27,7 +27,7 @@ model = dict(
         align_corners=False,
     ),
     decode_head=dict(
-        type='DepthwiseSeparableFCNHead',
+        type="DepthwiseSeparableFCNHead",
         in_channels=128,
         in_index=-1,
         channels=128,
@@ -35,11 +35,11 @@ model = dict(
         num_classes=19,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=[
         dict(
-            type='FCNHead',
+            type="FCNHead",
             in_channels=128,
             in_index=-2,
             channels=32,
@@ -48,10 +48,10 @@ model = dict(
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
         ),
         dict(
-            type='FCNHead',
+            type="FCNHead",
             in_channels=64,
             in_index=-3,
             channels=32,
@@ -60,9 +60,9 @@ model = dict(
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
         ),
     ],
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )

@@ -1,8 +1,8 @@
 # OCRNet on HRNetV2-W18: a cascade. The first head's prediction gives the object regions that the
 # second one uses; both have a loss.
-norm_cfg = dict(type='SyncBN', requires_grad=True)
+norm_cfg = dict(type="SyncBN", requires_grad=True)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -10,40 +10,40 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='CascadeEncoderDecoder',
+    type="CascadeEncoderDecoder",
     data_preprocessor=data_preprocessor,
     num_stages=2,
-    pretrained='open-mmlab://msra/hrnetv2_w18',
     backbone=dict(
-        type='HRNet',
+        type="HRNet",
         norm_cfg=norm_cfg,
         norm_eval=False,
+        init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://msra/hrnetv2_w18"),
         extra=dict(
             stage1=dict(
                 num_modules=1,
                 num_branches=1,
-                block='BOTTLENECK',
+                block="BOTTLENECK",
                 num_blocks=(4,),
                 num_channels=(64,),
             ),
             stage2=dict(
                 num_modules=1,
                 num_branches=2,
-                block='BASIC',
+                block="BASIC",
                 num_blocks=(4, 4),
                 num_channels=(18, 36),
             ),
             stage3=dict(
                 num_modules=4,
                 num_branches=3,
-                block='BASIC',
+                block="BASIC",
                 num_blocks=(4, 4, 4),
                 num_channels=(18, 36, 72),
             ),
             stage4=dict(
                 num_modules=3,
                 num_branches=4,
-                block='BASIC',
+                block="BASIC",
                 num_blocks=(4, 4, 4, 4),
                 num_channels=(18, 36, 72, 144),
             ),
@@ -51,10 +51,10 @@ model = dict(
     ),
     decode_head=[
         dict(
-            type='FCNHead',
+            type="FCNHead",
             in_channels=[18, 36, 72, 144],
             in_index=(0, 1, 2, 3),
-            input_transform='resize_concat',
+            input_transform="resize_concat",
             channels=270,
             kernel_size=1,
             num_convs=1,
@@ -63,22 +63,22 @@ model = dict(
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
         ),
         dict(
-            type='OCRHead',
+            type="OCRHead",
             in_channels=[18, 36, 72, 144],
             in_index=(0, 1, 2, 3),
-            input_transform='resize_concat',
+            input_transform="resize_concat",
             channels=512,
             ocr_channels=256,
             dropout_ratio=-1,
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
         ),
     ],
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )

@@ -1,7 +1,7 @@
 # SegFormer with the MiT-B0 backbone: one light head.
-norm_cfg = dict(type='SyncBN', requires_grad=True)
+norm_cfg = dict(type="SyncBN", requires_grad=True)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -9,10 +9,10 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='MixVisionTransformer',
+        type="MixVisionTransformer",
         in_channels=3,
         embed_dims=32,
         num_stages=4,
@@ -26,7 +26,7 @@ model = dict(
         drop_path_rate=0.1,
     ),
     decode_head=dict(
-        type='SegformerHead',
+        type="SegformerHead",
         in_channels=[32, 64, 160, 256],
         in_index=[0, 1, 2, 3],
         channels=256,
@@ -34,8 +34,8 @@ model = dict(
         num_classes=19,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )

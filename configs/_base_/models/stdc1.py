@@ -1,8 +1,8 @@
 # STDC1: a decode head, two auxiliary heads on the same labels, and STDCHead, which learns the
 # boundaries (made from the labels) with its own cross-entropy and Dice losses.
-norm_cfg = dict(type='BN', requires_grad=True)
+norm_cfg = dict(type="BN", requires_grad=True)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -10,19 +10,19 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='STDCContextPathNet',
+        type="STDCContextPathNet",
         backbone_cfg=dict(
-            type='STDCNet',
-            stdc_type='STDCNet1',
+            type="STDCNet",
+            stdc_type="STDCNet1",
             in_channels=3,
             channels=(32, 64, 256, 512, 1024),
-            bottleneck_type='cat',
+            bottleneck_type="cat",
             num_convs=4,
             norm_cfg=norm_cfg,
-            act_cfg=dict(type='ReLU'),
+            act_cfg=dict(type="ReLU"),
             with_final_conv=False,
         ),
         last_in_channels=(1024, 512),
@@ -30,7 +30,7 @@ model = dict(
         ffm_cfg=dict(in_channels=384, out_channels=256, scale_factor=4),
     ),
     decode_head=dict(
-        type='FCNHead',
+        type="FCNHead",
         in_channels=256,
         in_index=3,
         channels=256,
@@ -40,11 +40,11 @@ model = dict(
         num_classes=19,
         norm_cfg=norm_cfg,
         align_corners=True,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=[
         dict(
-            type='FCNHead',
+            type="FCNHead",
             in_channels=128,
             in_index=2,
             channels=64,
@@ -53,10 +53,10 @@ model = dict(
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
         ),
         dict(
-            type='FCNHead',
+            type="FCNHead",
             in_channels=128,
             in_index=1,
             channels=64,
@@ -65,10 +65,10 @@ model = dict(
             num_classes=19,
             norm_cfg=norm_cfg,
             align_corners=False,
-            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
         ),
         dict(
-            type='STDCHead',
+            type="STDCHead",
             in_channels=256,
             in_index=0,
             channels=64,
@@ -80,15 +80,15 @@ model = dict(
             align_corners=True,
             loss_decode=[
                 dict(
-                    type='CrossEntropyLoss',
-                    loss_name='loss_ce',
+                    type="CrossEntropyLoss",
+                    loss_name="loss_ce",
                     use_sigmoid=True,
                     loss_weight=1.0,
                 ),
-                dict(type='DiceLoss', loss_name='loss_dice', loss_weight=1.0),
+                dict(type="DiceLoss", loss_name="loss_dice", loss_weight=1.0),
             ],
         ),
     ],
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )

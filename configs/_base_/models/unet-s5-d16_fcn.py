@@ -1,7 +1,7 @@
 # UNet with five stages (S5, output stride 16 at the bottom) and FCN heads, 2 classes.
-norm_cfg = dict(type='SyncBN', requires_grad=True)
+norm_cfg = dict(type="SyncBN", requires_grad=True)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -9,10 +9,10 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='UNet',
+        type="UNet",
         in_channels=3,
         base_channels=64,
         num_stages=5,
@@ -23,12 +23,12 @@ model = dict(
         enc_dilations=(1, 1, 1, 1, 1),
         dec_dilations=(1, 1, 1, 1),
         norm_cfg=norm_cfg,
-        act_cfg=dict(type='ReLU'),
-        upsample_cfg=dict(type='InterpConv'),
+        act_cfg=dict(type="ReLU"),
+        upsample_cfg=dict(type="InterpConv"),
         norm_eval=False,
     ),
     decode_head=dict(
-        type='FCNHead',
+        type="FCNHead",
         in_channels=64,
         in_index=4,
         channels=64,
@@ -38,10 +38,10 @@ model = dict(
         num_classes=2,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=dict(
-        type='FCNHead',
+        type="FCNHead",
         in_channels=128,
         in_index=3,
         channels=64,
@@ -50,9 +50,9 @@ model = dict(
         num_classes=2,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
     # Sliding windows of the training crop's size, a third of each overlapping the next.
-    test_cfg=dict(mode='slide', crop_size=(128, 128), stride=(85, 85)),
+    test_cfg=dict(mode="slide", crop_size=(128, 128), stride=(85, 85)),
 )

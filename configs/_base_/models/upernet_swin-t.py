@@ -1,7 +1,7 @@
 # UPerNet on Swin-T: a decode head and one auxiliary head.
-norm_cfg = dict(type='SyncBN', requires_grad=True)
+norm_cfg = dict(type="SyncBN", requires_grad=True)
 data_preprocessor = dict(
-    type='SegDataPreProcessor',
+    type="SegDataPreProcessor",
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375],
     bgr_to_rgb=True,
@@ -9,10 +9,10 @@ data_preprocessor = dict(
     seg_pad_val=255,
 )
 model = dict(
-    type='EncoderDecoder',
+    type="EncoderDecoder",
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='SwinTransformer',
+        type="SwinTransformer",
         pretrain_img_size=224,
         embed_dims=96,
         patch_size=4,
@@ -26,10 +26,10 @@ model = dict(
         patch_norm=True,
         drop_path_rate=0.3,
         use_abs_pos_embed=False,
-        norm_cfg=dict(type='LN', requires_grad=True),
+        norm_cfg=dict(type="LN", requires_grad=True),
     ),
     decode_head=dict(
-        type='UPerHead',
+        type="UPerHead",
         in_channels=[96, 192, 384, 768],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
@@ -38,10 +38,10 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=dict(
-        type='FCNHead',
+        type="FCNHead",
         in_channels=384,
         in_index=2,
         channels=256,
@@ -50,8 +50,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
+    test_cfg=dict(mode="whole"),
 )

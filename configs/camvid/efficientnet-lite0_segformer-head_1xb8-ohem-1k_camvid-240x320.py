@@ -1,0 +1,5 @@
+_base_ = "./efficientnet-lite0_segformer-head_1xb8-1k_camvid-240x320.py"
+# min_kept: 1/16 of the valid pixels of the batch, whatever the crop and the batch size.
+model = dict(
+    decode_head=dict(loss_decode=dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16)),
+)

@@ -1,0 +1,98 @@
+"""Test a segmentor: mmseg's test tool, for configs given by path or by short name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ohem_mm import cli
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Test a segmentor and print its IoU per class.")
+    parser.add_argument(
+        "config",
+        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
+        '"python -m ohem_mm.config --list" prints them all',
+    )
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("--work-dir", help="folder for logs and the metrics as JSON")
+    parser.add_argument("--out", help="folder for the predicted label maps, one PNG per image")
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument(
+        "--show-dir",
+        help="folder for painted predictions; the images are in vis_data/vis_image below it",
+    )
+    parser.add_argument(
+        "--wait-time", type=float, default=2, help="seconds that --show shows an image"
+    )
+    parser.add_argument(
+        "--tta", action="store_true", help="average over the augmentations of tta_pipeline"
+    )
+    cli.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def apply_show(cfg: Config, args: argparse.Namespace) -> None:
+    """Turn on the visualisation hook, for every image unless the config says otherwise."""
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if hook is None or cfg.get("visualizer") is None:
+        raise cli.UserError(
+            "--show and --show-dir need default_hooks.visualization and visualizer in the config"
+        )
+    hook.draw = True
+    hook.setdefault("interval", 1)
+    if args.show:
+        hook.show = True
+        hook.wait_time = args.wait_time
+    if args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+
+
+def apply_tta(cfg: Config) -> None:
+    """Wrap the model and replace the pipeline of every test data set, nested ones too."""
+    if cfg.get("tta_model") is None or cfg.get("tta_pipeline") is None:
+        raise cli.UserError("--tta needs tta_model and tta_pipeline in the config")
+    for _, node in cli.iter_dicts(cfg.test_dataloader.dataset):
+        if "pipeline" in node:
+            node["pipeline"] = cfg.tta_pipeline
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+
+
+def apply_out(cfg: Config, folder: str) -> None:
+    """Make every IoU metric write its predictions into ``folder``."""
+    evaluators = cfg.test_evaluator
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        if cli.type_name(evaluator) == "IoUMetric":
+            evaluator["output_dir"] = folder
+            evaluator["keep_results"] = True
+
+
+def main() -> None:
+    """Test."""
+    args = parse_args()
+    cfg = cli.load_config(args)
+    for key in ("test_dataloader", "test_evaluator", "test_cfg"):
+        if cfg.get(key) is None:
+            raise cli.UserError(f"the config has no {key}, so there is nothing to test on")
+    cli.check_checkpoint(args.checkpoint)
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.show or args.show_dir:
+        apply_show(cfg, args)
+    if args.out is not None:
+        apply_out(cfg, args.out)
+    cli.check_losses(cfg)
+    cli.check_datasets(cfg, ("test",))
+    if args.tta:
+        apply_tta(cfg)
+    cli.build_runner(cfg).test()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
