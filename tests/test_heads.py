@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("mmseg")
 
-import mmseg.models  # noqa: E402, F401
-from mmengine.structures import PixelData  # noqa: E402
-from mmseg.registry import MODELS  # noqa: E402
-from mmseg.structures import SegDataSample  # noqa: E402
+import mmseg.models  # noqa: F401
+from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 
-import ohem_mm  # noqa: E402, F401
+import ohem_mm  # noqa: F401
 
 BN = {"norm_cfg": {"type": "BN"}, "channels": 8, "dropout_ratio": 0}
 ONE = {"in_channels": 8, **BN}
@@ -21,7 +22,13 @@ PYRAMID = {"in_channels": [8, 8, 8, 8], "in_index": [0, 1, 2, 3], **BN}
 
 # Head: its own settings. Inputs are made from `in_channels` and `in_index` unless INPUTS says.
 HEADS = {
-    "ANNHead": {**BN, "in_channels": [8, 8], "in_index": [2, 3], "project_channels": 8},
+    "ANNHead": {
+        **BN,
+        "in_channels": [8, 8],
+        "in_index": [2, 3],
+        "project_channels": 8,
+        "dropout_ratio": 0.1,  # it calls its dropout without asking whether it has one
+    },
     "APCHead": {**ONE, "pool_scales": (1, 2)},
     "ASPPHead": {**ONE, "dilations": (1, 2)},
     "CCHead": ONE,
@@ -31,6 +38,7 @@ HEADS = {
     "DNLHead": ONE,
     "DPTHead": {
         **PYRAMID,
+        "input_transform": "multiple_select",
         "embed_dims": 8,
         "post_process_channels": [8, 8, 8, 8],
         "patch_size": 4,
@@ -130,6 +138,7 @@ def test_every_head_of_mmseg_is_in_one_of_the_tables():
 
 def run(name, num_classes, sigmoid):
     torch.manual_seed(0)
+    init_default_scope("mmseg")
     loss = {"type": "OhemCrossEntropyLoss", "min_kept": 0.25, "use_sigmoid": sigmoid}
     losses = loss
     if name == "PIDHead":
@@ -167,7 +176,11 @@ def run(name, num_classes, sigmoid):
     maps = [torch.randn(2, 8, size, size, requires_grad=True) for size in (16, 8, 8, 8)]
     if name == "DPTHead":
         maps = [(torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 8)) for _ in range(4)]
-    elif name in ("FPNHead",):
+    elif name == "LRASPPHead":  # pools over 49 x 49
+        maps = [torch.randn(2, 8, 50, 50, requires_grad=True) for _ in range(3)]
+    elif name == "SETRMLAHead":
+        maps = [torch.randn(2, 8, 8, 8, requires_grad=True) for _ in range(4)]
+    elif name == "FPNHead":
         maps = [torch.randn(2, 8, 16 // 2**i, 16 // 2**i, requires_grad=True) for i in range(4)]
     inputs = maps
     extra = ()

@@ -57,8 +57,8 @@ UInt8 = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 # Half-width of the per-pixel noise, by class: foliage and facades are rougher than sky.
-_NOISE = np.full(256, 14, np.int16)
-_NOISE[[SKY, TREE, BUILDING]] = 8, 30, 20
+_NOISE = np.full(256, 10, np.int16)
+_NOISE[[SKY, TREE, BUILDING]] = 6, 22, 14
 
 
 class _Canvas:
@@ -148,10 +148,10 @@ def _building(c: _Canvas, x0: int, x1: int, top: int, ground: int) -> None:
             if c.chance(85):
                 cv2.rectangle(c.image, (x, y), (x + step // 2, y + step // 2), glass, cv2.FILLED)
     # Drainpipes and adverts look like poles and signs, yet they are building.
-    if c.chance(60):
+    if c.chance(40):
         x = c.between(x0, x1)
         cv2.line(c.image, (x, top), (x, ground), c.grey(50, 130), 1)
-    if c.chance(50):
+    if c.chance(30):
         x, y = c.between(x0, x1), c.between(top, ground)
         cv2.rectangle(c.image, (x, y), (min(x + step, x1), y + step // 2), _vivid(c), cv2.FILLED)
 
@@ -208,12 +208,11 @@ def _person(c: _Canvas, x: int, ground: int, size: int) -> None:
 
 
 def _pole(c: _Canvas, x: int, ground: int, size: int) -> None:
-    height, half = max(6, size * 4 // 5), size // 60
-    wide = 1 if size > 70 and c.chance(50) else 0
+    height, extra = max(6, size * 4 // 5), max(0, size // 25 - 1)  # 1 to 3 pixels wide
     top = ground - height
-    c.rect(x - half, top, x + half + wide, ground, POLE, c.grey(60, 150))
+    c.rect(x - extra // 2, top, x + (extra + 1) // 2, ground, POLE, c.grey(50, 120))
     kind = c.between(0, 9)
-    r = max(1, size // 18)
+    r = max(2, size // 15)
     if kind < 4:
         colour = _vivid(c)
         if c.chance(50):
@@ -231,12 +230,12 @@ def _pole(c: _Canvas, x: int, ground: int, size: int) -> None:
         cv2.circle(c.image, (x, top + r // 2 + on * r), dot, lamps[on], cv2.FILLED)
     else:
         arm = x + (1 if c.chance(50) else -1) * max(2, size // 6)
-        c.rect(min(x, arm), top, max(x, arm), top + half, POLE, c.grey(60, 150))
+        c.rect(min(x, arm), top, max(x, arm), top + extra, POLE, c.grey(50, 120))
 
 
 def _light_and_noise(c: _Canvas) -> UInt8:
     h, w = c.height, c.width
-    gain = np.full((h, w, 1), c.between(70, 125), np.int32)  # per cent
+    gain = np.full((h, w, 1), c.between(75, 120), np.int32)  # per cent
     # A shadow with a slanted edge falls on one side of the street.
     edge = c.between(0, w) + np.arange(h)[:, None] * c.between(-100, 100) // 100
     shaded = np.arange(w)[None, :] < edge
@@ -280,7 +279,7 @@ def draw_scene(
     objects = []
     for painter, count in painters:
         for _ in range(count):
-            depth = c.between(20, 100) if painter is _pole else c.between(10, 85)
+            depth = c.between(30, 100) if painter is _pole else c.between(15, 85)
             objects.append((depth, c.between(0, w - 1), painter))
     # Far things first: near ones hide them.
     for depth, x, painter in sorted(objects, key=lambda o: o[:2]):

@@ -6,6 +6,8 @@ def __getattr__(name):
         raise AttributeError(name)
 
     def missing(*args, **kwargs):
-        raise NotImplementedError(f"mmcv._ext.{name} is a test stub; install compiled mmcv to call it")
+        raise NotImplementedError(
+            f"mmcv._ext.{name} is a test stub; compiled mmcv has the real one"
+        )
 
     return missing
