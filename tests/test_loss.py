@@ -101,6 +101,65 @@ def test_equals_oracle_in_value_and_gradient(problem):
     torch.testing.assert_close(grad.double(), expected_grad, rtol=tolerance, atol=tolerance)
 
 
+RULES = st.fixed_dictionaries(
+    {
+        "thresh": st.sampled_from([None, 0.3, 0.7]),
+        "min_kept": st.sampled_from([0, 3, 20, 1 / 16, 0.5]),
+        "pool": st.sampled_from(["batch", "class"]),
+        "avg": st.sampled_from(["kept", "valid"]),
+        "use_sigmoid": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10**6), RULES)
+def test_order_of_pixels_and_images_is_irrelevant(seed, rule):
+    logits, target = batch(seed, (3, 4, 5, 6), dtype=torch.float64)
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(target.numel(), generator=generator)
+    flat = logits.movedim(1, -1).reshape(-1, 4)[order]
+    pixels, pixels_grad = value_and_grad(
+        ohem_cross_entropy, flat.view(3, 30, 4).mT, target.flatten()[order].view(3, 30), **rule
+    )
+    torch.testing.assert_close(pixels, loss)
+    torch.testing.assert_close(
+        pixels_grad.mT.reshape(-1, 4), grad.movedim(1, -1).reshape(-1, 4)[order]
+    )
+    rule["pool"] = "image"
+    images = torch.tensor([2, 0, 1])
+    loss = ohem_cross_entropy(logits, target, **rule)
+    torch.testing.assert_close(ohem_cross_entropy(logits[images], target[images], **rule), loss)
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10**6), RULES)
+def test_more_ignored_pixels_change_nothing(seed, rule):
+    logits, target = batch(seed, (2, 4, 5, 6), dtype=torch.float64)
+    loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
+    wide = torch.nn.functional.pad(logits, (2, 3, 1, 0), value=7.0)
+    labels = torch.nn.functional.pad(target, (2, 3, 1, 0), value=255)
+    padded, padded_grad = value_and_grad(ohem_cross_entropy, wide, labels, **rule)
+    torch.testing.assert_close(padded, loss)
+    torch.testing.assert_close(padded_grad[:, :, 1:, 2:-3], grad)
+    padded_grad[:, :, 1:, 2:-3] = 0
+    assert not padded_grad.any()
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10**6), st.sampled_from([0, 7, 0.3]), st.sampled_from(["batch", "image"]))
+def test_higher_thresh_keeps_more(seed, min_kept, pool):
+    logits, target = batch(seed)
+    kept = None
+    for thresh in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+        rule = {"thresh": thresh, "min_kept": min_kept, "pool": pool, "reduction": "none"}
+        now = ohem_cross_entropy(logits, target, **rule) > 0
+        assert kept is None or bool((now | ~kept).all())
+        kept = now
+    assert torch.equal(kept, target != 255)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("use_sigmoid", [False, True])
 def test_extreme_logits_in_float32(dtype, use_sigmoid):
