@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .mining import OURS, Habits, Pool, keep_mask, share_of, world_size, world_sum
 from .ops import pixel_cross_entropy
@@ -28,7 +27,6 @@ Reduction = Literal["none", "mean", "sum"]
 Average = Literal["kept", "valid", "all"]
 Unit = Literal["batch", "image"]
 
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 # What other implementations call our settings; used in error messages only.
 _FOREIGN = {
     "thres": "thresh",
@@ -116,14 +114,19 @@ def ohem_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
-    logits, target = _fit(logits, target, align_corners)
+    target = _labels(logits, target)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     valid = target != ignore_index
     target = torch.where(valid, target, 0)
     _check_classes(target, num_classes, always_keep, class_weight, ignore_index)
 
     mined, loss = pixel_cross_entropy(
-        logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
+        logits,
+        target,
+        valid,
+        use_sigmoid=use_sigmoid,
+        label_smoothing=label_smoothing,
+        align_corners=align_corners,
     )
     scale = None
     if class_weight is not None:
@@ -465,8 +468,8 @@ def _drop_channel(value: Tensor, dim: int) -> Tensor:
     return value.squeeze(1) if value.dim() == dim + 1 and value.shape[1] == 1 else value
 
 
-def _fit(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """Check types and shapes; labels to int64 (N, ...), logits to the size of the labels."""
+def _labels(logits: Tensor, target: Tensor) -> Tensor:
+    """Check types and shapes; return the labels as int64 of shape (N, ...)."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, but got {logits.dtype}.")
     if target.is_floating_point() or target.is_complex():
@@ -476,15 +479,11 @@ def _fit(logits: Tensor, target: Tensor, align_corners: bool) -> tuple[Tensor, T
     if logits.dim() < 2 or target.dim() != logits.dim() - 1 or len(logits) != len(target):
         raise ValueError(f"Expected logits (N, C, ...) and target (N, ...), but got {shapes}.")
     size = target.shape[1:]
-    if logits.shape[2:] != size:
-        if any(a > b for a, b in zip(logits.shape[2:], size, strict=True)) or len(size) > 3:
-            raise ValueError(f"logits may not be spatially larger than target, but got {shapes}.")
-        # In float32 even for half-precision logits, as the loss itself.
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        logits = F.interpolate(
-            wide, size=size, mode=_INTERPOLATION[len(size)], align_corners=align_corners
-        )
-    return logits, target
+    if any(a > b for a, b in zip(logits.shape[2:], size, strict=True)):
+        raise ValueError(f"logits may not be spatially larger than target, but got {shapes}.")
+    if logits.shape[2:] != size and len(size) > 3:
+        raise ValueError(f"Only 1-D to 3-D maps can be upsampled, but got {shapes}.")
+    return target
 
 
 def _check_classes(

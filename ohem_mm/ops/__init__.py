@@ -1,5 +1,81 @@
-"""Per-pixel losses with hand-written gradients. Nothing here knows OpenMMLab."""
+"""Per-pixel losses with hand-written gradients, and the choice between their implementations.
 
-from .eager import pixel_cross_entropy
+Nothing here knows OpenMMLab.
+"""
 
-__all__ = ["pixel_cross_entropy"]
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .eager import full_cross_entropy, wide
+from .portable import banded_cross_entropy
+
+__all__ = ["BACKENDS", "pixel_cross_entropy"]
+
+BACKENDS = ("portable", "eager")
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def pixel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    *,
+    use_sigmoid: bool = False,
+    label_smoothing: float = 0.0,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every pixel, in float32 (float64 for float64 logits).
+
+    Logits smaller than the labels are upsampled. Unlike in
+    ``torch.nn.functional.cross_entropy``, a pixel that is not valid takes no part: where the logits
+    have the size of the labels, NaN there changes neither a value nor a gradient. A non-finite loss
+    makes a NaN gradient, so that gradient scalers and anomaly detection see it.
+
+    The environment variable ``OHEM_MM_BACKEND`` chooses the implementation: ``portable`` works in
+    bands of rows and never holds the upsampled logits (the default for 2-D maps); ``eager`` holds
+    them (the default for all other shapes and under ``torch.compile``).
+
+    Args:
+        logits: Any floating dtype, shape (N, C, ...), spatially at most as large as ``target``.
+        target: int64, shape (N, ...), in [0, C) everywhere ({0, 1} for C = 1 with sigmoid).
+        valid: Bool, shape (N, ...).
+        use_sigmoid: Binary cross-entropy: of the one channel, or of all channels against the
+            one-hot target, summed over the channels.
+        label_smoothing: Share s of the target mass spread evenly over the classes, in [0, 1).
+        align_corners: As in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        ``mined``, the loss without smoothing, detached, for deciding what is hard, and ``loss``,
+        which carries the gradient. Both have shape (N, ...) and are 0 where not valid.
+
+    Raises:
+        ValueError: ``OHEM_MM_BACKEND`` names no implementation.
+    """
+    backend = os.environ.get("OHEM_MM_BACKEND", "portable")
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"OHEM_MM_BACKEND must be one of {', '.join(BACKENDS)}, but got {backend!r}."
+        )
+    size = target.shape[1:]
+    if backend == "portable" and len(size) == 2 and not torch.compiler.is_compiling():
+        mined, loss, _ = banded_cross_entropy(
+            logits,
+            target,
+            valid,
+            use_sigmoid=use_sigmoid,
+            label_smoothing=label_smoothing,
+            align_corners=align_corners,
+        )
+        return mined, loss
+    if logits.shape[2:] != size:
+        mode = _INTERPOLATION[len(size)]
+        # In float32 even for half-precision logits, as the loss itself.
+        logits = F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)
+    return full_cross_entropy(
+        logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def pixel_cross_entropy(
+def full_cross_entropy(
     logits: Tensor,
     target: Tensor,
     valid: Tensor,
@@ -17,24 +17,20 @@ def pixel_cross_entropy(
     use_sigmoid: bool = False,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every pixel, in float32 (float64 for float64 logits).
+    """Cross-entropy of every pixel from logits of the size of the labels.
 
-    Unlike ``torch.nn.functional.cross_entropy``, logits at pixels that are not valid are never
-    looked at: NaN there changes neither a value nor a gradient. A non-finite loss makes a NaN
-    gradient, so that gradient scalers and anomaly detection see it. The backward pass keeps the
-    logits as they came and one map per pixel, not a second tensor of C channels.
+    The backward pass keeps the logits as they came and one map per pixel, not a second tensor of C
+    channels.
 
     Args:
         logits: Any floating dtype, shape (N, C, ...).
-        target: int64, shape (N, ...), in [0, C) everywhere ({0, 1} for C = 1 with sigmoid).
+        target: int64, shape (N, ...), a class index everywhere.
         valid: Bool, shape (N, ...).
-        use_sigmoid: Binary cross-entropy: of the one channel, or of all channels against the
-            one-hot target, summed over the channels.
-        label_smoothing: Share s of the target mass spread evenly over the classes, in [0, 1).
+        use_sigmoid: See :func:`ohem_mm.ops.pixel_cross_entropy`.
+        label_smoothing: See :func:`ohem_mm.ops.pixel_cross_entropy`.
 
     Returns:
-        ``mined``, the loss without smoothing, detached, for deciding what is hard, and ``loss``,
-        which carries the gradient. Both have shape (N, ...) and are 0 where not valid.
+        ``mined`` and ``loss`` as :func:`ohem_mm.ops.pixel_cross_entropy` returns them.
     """
     loss, mined = _PixelCrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits, target, valid, use_sigmoid, label_smoothing
@@ -47,9 +43,9 @@ class _PixelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, use_sigmoid: bool, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        z = _wide(logits)
+        z = wide(logits)
         if use_sigmoid:
-            onehot = _onehot(z, target)
+            onehot = one_hot(z, target)
             mined = F.binary_cross_entropy_with_logits(z, onehot, reduction="none").sum(1)
             loss = mined
             if smoothing:
@@ -72,9 +68,9 @@ class _PixelCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, valid, loss = ctx.saved_tensors
-        z, s = _wide(logits), ctx.smoothing
+        z, s = wide(logits), ctx.smoothing
         if ctx.use_sigmoid:
-            grad = z.sigmoid() - (_onehot(z, target) * (1 - s) + s / 2)
+            grad = z.sigmoid() - (one_hot(z, target) * (1 - s) + s / 2)
         else:
             grad = z.softmax(1)
             true = grad.gather(1, target[:, None]) - (1 - s)
@@ -87,11 +83,13 @@ class _PixelCrossEntropy(torch.autograd.Function):
         return grad.to(logits.dtype), None, None, None, None
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """The logits in the dtype of the arithmetic: float64 as it is, all else in float32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _onehot(z: Tensor, target: Tensor) -> Tensor:
+def one_hot(z: Tensor, target: Tensor) -> Tensor:
+    """Binary targets in the shape of ``z``, whose dimension 1 holds the channels."""
     if z.shape[1] == 1:
         return target[:, None].to(z.dtype)
     return torch.zeros_like(z).scatter_(1, target[:, None], 1)
