@@ -59,6 +59,7 @@ def ohem_cross_entropy(
     align_corners: bool = False,
     reduction: Reduction = "mean",
     habits: Habits = OURS,
+    stats: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy over the hard pixels.
 
@@ -93,6 +94,9 @@ def ohem_cross_entropy(
         align_corners: As in ``torch.nn.functional.interpolate``, when upsampling.
         reduction: 'mean', 'sum', or 'none' for the map with 0 at pixels that are not kept.
         habits: Ways of other implementations, set by the presets.
+        stats: A dict to be filled: the masks 'valid' and 'kept' and the unweighted loss 'mined',
+            each of shape (N, ...), and 'hits', the number of valid pixels whose class has the
+            highest logit. Nothing is read back to the host.
 
     Returns:
         A scalar, or for ``reduction='none'`` a map of shape (N, ...). It is always connected to
@@ -120,13 +124,14 @@ def ohem_cross_entropy(
     target = torch.where(valid, target, 0)
     _check_classes(target, num_classes, always_keep, class_weight, ignore_index)
 
-    mined, loss = pixel_cross_entropy(
+    mined, loss, hits = pixel_cross_entropy(
         logits,
         target,
         valid,
         use_sigmoid=use_sigmoid,
         label_smoothing=label_smoothing,
         align_corners=align_corners,
+        count_hits=stats is not None,
     )
     scale = None
     if class_weight is not None:
@@ -149,6 +154,8 @@ def ohem_cross_entropy(
         habits=habits,
     )
     loss = torch.where(keep, loss, 0)
+    if stats is not None and hits is not None:
+        stats.update(valid=valid, kept=keep, mined=mined, hits=hits)
 
     if reduction == "none":
         return loss
@@ -299,6 +306,8 @@ class OhemCrossEntropyLoss(nn.Module):
         avg_factor: float | Tensor | None = None,
         ignore_index: int | None = None,
         reduction_override: Reduction | None = None,
+        align_corners: bool | None = None,
+        stats: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Compute the loss, called as heads of mmseg and mmdet call theirs.
@@ -310,6 +319,8 @@ class OhemCrossEntropyLoss(nn.Module):
             avg_factor: Divisor given by hand.
             ignore_index: Used when the loss was built without one.
             reduction_override: Used instead of the reduction that the loss was built with.
+            align_corners: Used instead of the setting that the loss was built with.
+            stats: See :func:`ohem_cross_entropy`.
             **kwargs: Whatever else a head passes; not used.
 
         Returns:
@@ -333,9 +344,10 @@ class OhemCrossEntropyLoss(nn.Module):
             use_sigmoid=self.use_sigmoid,
             class_weight=self.class_weight,
             label_smoothing=self.label_smoothing,
-            align_corners=self.align_corners,
+            align_corners=self.align_corners if align_corners is None else align_corners,
             reduction=self.reduction if reduction_override is None else reduction_override,
             habits=self.habits,
+            stats=stats,
         )
         return self.loss_weight * loss
 

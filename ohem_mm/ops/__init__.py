@@ -28,7 +28,8 @@ def pixel_cross_entropy(
     use_sigmoid: bool = False,
     label_smoothing: float = 0.0,
     align_corners: bool = False,
-) -> tuple[Tensor, Tensor]:
+    count_hits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross-entropy of every pixel, in float32 (float64 for float64 logits).
 
     Logits smaller than the labels are upsampled. Unlike in
@@ -48,10 +49,12 @@ def pixel_cross_entropy(
             one-hot target, summed over the channels.
         label_smoothing: Share s of the target mass spread evenly over the classes, in [0, 1).
         align_corners: As in ``torch.nn.functional.interpolate``.
+        count_hits: Count the pixels that are classified correctly.
 
     Returns:
         ``mined``, the loss without smoothing, detached, for deciding what is hard, and ``loss``,
-        which carries the gradient. Both have shape (N, ...) and are 0 where not valid.
+        which carries the gradient; both have shape (N, ...) and are 0 where not valid. And
+        ``hits``, int64, the number of valid pixels whose class has the highest logit, or None.
 
     Raises:
         ValueError: ``OHEM_MM_BACKEND`` names no implementation.
@@ -63,19 +66,21 @@ def pixel_cross_entropy(
         )
     size = target.shape[1:]
     if backend == "portable" and len(size) == 2 and not torch.compiler.is_compiling():
-        mined, loss, _ = banded_cross_entropy(
+        return banded_cross_entropy(
             logits,
             target,
             valid,
             use_sigmoid=use_sigmoid,
             label_smoothing=label_smoothing,
             align_corners=align_corners,
+            count_hits=count_hits,
         )
-        return mined, loss
     if logits.shape[2:] != size:
         mode = _INTERPOLATION[len(size)]
         # In float32 even for half-precision logits, as the loss itself.
         logits = F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)
-    return full_cross_entropy(
+    mined, loss = full_cross_entropy(
         logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
     )
+    hits = (valid & (logits.detach().argmax(1) == target)).sum() if count_hits else None
+    return mined, loss, hits

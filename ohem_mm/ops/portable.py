@@ -31,7 +31,8 @@ def banded_cross_entropy(
     use_sigmoid: bool = False,
     label_smoothing: float = 0.0,
     align_corners: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    count_hits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross-entropy of every pixel of the labels, from logits of their size or smaller.
 
     Args:
@@ -41,14 +42,15 @@ def banded_cross_entropy(
         use_sigmoid: See :func:`ohem_mm.ops.pixel_cross_entropy`.
         label_smoothing: See :func:`ohem_mm.ops.pixel_cross_entropy`.
         align_corners: As in ``torch.nn.functional.interpolate``.
+        count_hits: Count the pixels that are classified correctly.
 
     Returns:
         ``mined``, ``loss`` and ``hits`` as :func:`ohem_mm.ops.pixel_cross_entropy` returns them.
     """
     loss, mined, hits = _Banded.apply(  # type: ignore[no-untyped-call]
-        logits, target, valid, use_sigmoid, label_smoothing, align_corners
+        logits, target, valid, use_sigmoid, label_smoothing, align_corners, count_hits
     )
-    return mined, loss, hits
+    return mined, loss, hits if count_hits else None
 
 
 class _Banded(torch.autograd.Function):
@@ -61,6 +63,7 @@ class _Banded(torch.autograd.Function):
         use_sigmoid: bool,
         smoothing: float,
         align_corners: bool,
+        count_hits: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss = torch.empty(target.shape, dtype=dtype, device=logits.device)
@@ -68,10 +71,11 @@ class _Banded(torch.autograd.Function):
         hits = torch.zeros((), dtype=torch.long, device=logits.device)
         for n, rows, z, _ in _bands(logits, target, align_corners, poison=True):
             labels, ok = target[n, rows], valid[n, rows]
-            true = z.gather(1, labels[:, None]).squeeze(1) if z.shape[1] > 1 else None
-            # Where one channel is all there is, its index is the answer.
-            hit = labels == 0 if true is None else true >= z.amax(1)
-            hits += (hit & ok).sum()
+            if count_hits:
+                # A label is at most C - 1, but 1 for one sigmoid channel, whose answer is always 0.
+                true = z.gather(1, labels.clamp(max=z.shape[1] - 1)[:, None]).squeeze(1)
+                hit = (true >= z.amax(1)) & (labels < z.shape[1])
+                hits += (hit & ok).sum()
             if use_sigmoid:
                 hot = one_hot(z, labels)
                 plain = F.binary_cross_entropy_with_logits(z, hot, reduction="none").sum(1)
@@ -121,7 +125,7 @@ class _Banded(torch.autograd.Function):
                     part[near].flatten(1).addmm_(mix.T, g.flatten(1))
             if lerp is not None and rows.stop == size[0]:
                 grad[n] = (part @ columns).transpose(0, 1)
-        return grad.to(logits.dtype), None, None, None, None, None
+        return grad.to(logits.dtype), *[None] * 6
 
 
 def _logit_gradient(z: Tensor, labels: Tensor, use_sigmoid: bool, smoothing: float) -> Tensor:

@@ -1,0 +1,187 @@
+"""Let decode heads hand their small logits to the loss, which upsamples them itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from ..loss import OhemCrossEntropyLoss
+
+__all__ = ["FusedOhemHook"]
+
+Losses = dict[str, Tensor]
+
+
+@HOOKS.register_module()
+class FusedOhemHook(Hook):  # type: ignore[misc]
+    """Train decode heads without their upsampled logits.
+
+    A decode head of mmseg upsamples its logits to the size of the labels, computes the loss from
+    them and then the accuracy ``acc_seg``. Where :class:`ohem_mm.OhemCrossEntropyLoss` is the only
+    loss that looks at those logits, this hook gives it the small ones instead. Losses and
+    ``acc_seg`` are the same up to rounding; memory and time for the large tensor are saved.
+
+    It replaces ``loss_by_feat`` of single heads for the time of the training, so checkpoints and
+    classes are as they were. The log says at the start, head by head, what was done and why.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self) -> None:
+        self._fused: list[nn.Module] = []
+
+    def before_train(self, runner: Any) -> None:
+        """Switch all heads that can be switched."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        for name, done in fuse_heads(model, self._fused):
+            runner.logger.info(f"FusedOhemHook: {name}: {done}")
+
+    def after_train(self, runner: Any) -> None:
+        """Give the heads back as they were."""
+        while self._fused:
+            del self._fused.pop().loss_by_feat
+
+
+def fuse_heads(model: nn.Module, fused: list[nn.Module]) -> list[tuple[str, str]]:
+    """Replace ``loss_by_feat`` of every head of ``model`` that allows it.
+
+    Args:
+        model: A segmentor.
+        fused: The heads that were replaced are appended here. ``del head.loss_by_feat`` restores
+            one.
+
+    Returns:
+        For every decode head its name and what was done with it and why.
+    """
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    report = []
+    for name, head in model.named_modules():
+        if not isinstance(head, BaseDecodeHead) or "loss_by_feat" in vars(head):
+            continue
+        title = f"{name} ({type(head).__name__})"
+        function, reason = _fused_function(head)
+        if function is None:
+            report.append((title, f"left alone: {reason}"))
+        else:
+            head.loss_by_feat = MethodType(function, head)
+            fused.append(head)
+            report.append((title, f"fused{reason}"))
+    return report
+
+
+def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
+    """The replacement for a head's ``loss_by_feat``, or None and the reason."""
+    from mmseg.models.decode_heads import DDRHead, PIDHead
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    losses = _losses(head)
+    method = type(head).loss_by_feat
+    if method is PIDHead.loss_by_feat:
+        if not all(_fits(losses[place], head) for place in (1, 3)):
+            return None, f"its losses 1 and 3 are not both {OhemCrossEntropyLoss.__name__}"
+        return _pid_loss, "" if _fits(losses[0], head) else ", but for its loss 0"
+    strangers = [type(loss).__name__ for loss in losses if not _fits(loss, head)]
+    if strangers:
+        return None, f"{', '.join(strangers)} needs the upsampled logits"
+    if method is DDRHead.loss_by_feat:
+        return _ddr_loss, ""
+    if method is not BaseDecodeHead.loss_by_feat:
+        return None, f"{type(head).__name__} computes its loss in a way of its own"
+    if head.sampler is not None:
+        return None, f"{type(head.sampler).__name__} needs the upsampled logits"
+    return _plain_loss, ""
+
+
+def _losses(head: Any) -> list[nn.Module]:
+    found = head.loss_decode
+    return list(found) if isinstance(found, nn.ModuleList) else [found]
+
+
+def _fits(loss: nn.Module, head: Any) -> bool:
+    """Whether a loss upsamples by itself and counts the pixels that ``acc_seg`` counts."""
+    return isinstance(loss, OhemCrossEntropyLoss) and loss.ignore_index in (
+        None,
+        head.ignore_index,
+    )
+
+
+def _accuracy(stats: dict[str, Tensor]) -> Tensor:
+    """``acc_seg`` in percent, shape (1,), as mmseg computes it, epsilon and all."""
+    eps = torch.finfo(torch.float32).eps
+    return ((stats["hits"] + eps) * (100.0 / (stats["valid"].sum() + eps))).float().reshape(1)
+
+
+def _plain_loss(head: Any, seg_logits: Tensor, batch_data_samples: Any) -> Losses:
+    """BaseDecodeHead.loss_by_feat without the upsampled logits."""
+    label = head._stack_batch_gt(batch_data_samples)
+    if any(a > b for a, b in zip(seg_logits.shape[2:], label.shape[2:], strict=True)):
+        # Logits larger than the labels are downsampled, which the loss does not do.
+        whole: Losses = type(head).loss_by_feat(head, seg_logits, batch_data_samples)
+        return whole
+    out: Losses = {}
+    stats: dict[str, Tensor] = {}
+    for loss in _losses(head):
+        value = loss(
+            seg_logits,
+            label,
+            ignore_index=head.ignore_index,
+            align_corners=head.align_corners,
+            stats=stats,
+        )
+        name = str(loss.loss_name)
+        out[name] = out[name] + value if name in out else value
+    out["acc_seg"] = _accuracy(stats)
+    return out
+
+
+def _ddr_loss(head: Any, seg_logits: tuple[Tensor, Tensor], batch_data_samples: Any) -> Losses:
+    """DDRHead.loss_by_feat without the upsampled logits."""
+    label = head._stack_batch_gt(batch_data_samples)
+    context, spatial = seg_logits
+    stats: dict[str, Tensor] = {}
+    options = {"ignore_index": head.ignore_index, "align_corners": head.align_corners}
+    return {
+        "loss_context": head.loss_decode[0](context, label, stats=stats, **options),
+        "loss_spatial": head.loss_decode[1](spatial, label, **options),
+        "acc_seg": _accuracy(stats),
+    }
+
+
+def _pid_loss(head: Any, seg_logits: tuple[Tensor, ...], batch_data_samples: Any) -> Losses:
+    """PIDHead.loss_by_feat with the boundary's one channel upsampled alone."""
+    from mmseg.models.utils import resize
+
+    def upsample(logits: Tensor, size: torch.Size) -> Tensor:
+        wide: Tensor = resize(
+            input=logits, size=size, mode="bilinear", align_corners=head.align_corners
+        )
+        return wide
+
+    p_logits, i_logits, d_logits = seg_logits
+    label, edges = head._stack_batch_gt(batch_data_samples)
+    d_logits = upsample(d_logits, edges.shape[2:])
+    label, edges = label.squeeze(1), edges.squeeze(1)
+    near_edges = torch.where(d_logits[:, 0].sigmoid() > 0.8, label, head.ignore_index)
+    options = {"ignore_index": head.ignore_index, "align_corners": head.align_corners}
+    stats: dict[str, Tensor] = {}
+    if _fits(head.loss_decode[0], head):
+        p_loss = head.loss_decode[0](p_logits, label, **options)
+    else:
+        p_loss = head.loss_decode[0](
+            upsample(p_logits, label.shape[1:]), label, ignore_index=head.ignore_index
+        )
+    return {
+        "loss_sem_p": p_loss,
+        "loss_sem_i": head.loss_decode[1](i_logits, label, stats=stats, **options),
+        "loss_bd": head.loss_decode[2](d_logits, edges),
+        "loss_sem_bd": head.loss_decode[3](i_logits, near_edges, **options),
+        "acc_seg": _accuracy(stats),
+    }
