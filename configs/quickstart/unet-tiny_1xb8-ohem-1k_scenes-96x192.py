@@ -3,3 +3,5 @@ _base_ = "./unet-tiny_1xb8-1k_scenes-96x192.py"
 model = dict(
     decode_head=dict(loss_decode=dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16))
 )
+# The heads hand their small logits to the loss: same numbers, less time and memory.
+custom_hooks = [dict(type="FusedOhemHook")]

@@ -6,3 +6,5 @@ model = dict(
         loss_decode=dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16),
     ),
 )
+# The heads hand their small logits to the loss: same numbers, less time and memory.
+custom_hooks = [dict(type="FusedOhemHook")]

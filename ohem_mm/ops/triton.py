@@ -645,10 +645,10 @@ def _backward(
             upper_right += (1.0 - weight_y) * sum_right
             lower_left += weight_y * sum_left
             lower_right += weight_y * sum_right
-        if r > 0:
+        if (r > 0) & (row < low_h):
             value = carry + upper_left + _from_left(upper_right, shift, first)
             at = out + row.to(tl.int64) * grad_y
-            tl.store(at, value.to(grad.dtype.element_ty), mask=mine & (row < low_h))
+            tl.store(at, value.to(grad.dtype.element_ty), mask=mine)
         carry = lower_left + _from_left(lower_right, shift, first)
 
 
