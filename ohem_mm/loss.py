@@ -121,8 +121,7 @@ def ohem_cross_entropy(
     target = _labels(logits, target)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     valid = target != ignore_index
-    target = torch.where(valid, target, 0)
-    _check_classes(target, num_classes, always_keep, class_weight, ignore_index)
+    _check_classes(target, valid, num_classes, always_keep, class_weight, ignore_index)
 
     mined, loss, hits = pixel_cross_entropy(
         logits,
@@ -135,7 +134,7 @@ def ohem_cross_entropy(
     )
     scale = None
     if class_weight is not None:
-        scale = class_weight.to(loss)[target]
+        scale = class_weight.to(loss)[torch.where(valid, target, 0)]
     if weight is not None:
         weight = _drop_channel(weight.to(loss), loss.dim()).expand_as(loss)
         scale = weight if scale is None else scale * weight
@@ -500,12 +499,13 @@ def _labels(logits: Tensor, target: Tensor) -> Tensor:
 
 def _check_classes(
     target: Tensor,
+    valid: Tensor,
     num_classes: int,
     always_keep: Sequence[int],
     class_weight: Tensor | None,
     ignore_index: int,
 ) -> None:
-    """Check what depends on the number of classes; ``target`` holds 0 at ignored pixels."""
+    """Check what depends on the number of classes."""
     for cls in always_keep:
         if cls >= num_classes:
             raise ValueError(f"always_keep names class {cls}, but there are {num_classes} classes.")
@@ -516,7 +516,7 @@ def _check_classes(
         )
     # Free on the CPU. On an accelerator a look would stall the queue; indexing asserts there.
     if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in target.aminmax())
+        low, high = (int(bound) for bound in torch.where(valid, target, 0).aminmax())
         if low < 0 or high >= num_classes:
             bad = low if low < 0 else high
             raise ValueError(

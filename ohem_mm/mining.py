@@ -20,6 +20,9 @@ Pool = Literal["batch", "image", "class", "world"]
 
 # Bits of one radix digit: 2048 bins find a float32 in three passes.
 _DIGIT = 11
+# Pixels that one step of a pass looks at: bounds the memory of its int64 indices.
+_CHUNK = {"cpu": 2**18}
+_CHUNK_ELSEWHERE = 2**24
 
 
 class Habits(NamedTuple):
@@ -61,7 +64,8 @@ def keep_mask(
     Args:
         loss: Unweighted per-pixel loss, float32 or float64, non-negative or NaN, shape (N, ...).
             NaN and inf count as the hardest and are always kept where valid.
-        target: Class index of each pixel, int64, shape (N, ...), in [0, num_classes) where valid.
+        target: Class index of each pixel, any integer dtype, shape (N, ...), in [0, num_classes)
+            where valid.
         valid: Bool, shape (N, ...); False at ignored pixels, which are never kept.
         num_classes: Number of classes, C.
         thresh: Probability below which a pixel is hard, in (0, 1]. None: no threshold, pure top-k.
@@ -79,7 +83,7 @@ def keep_mask(
     if habits.zero_keeps_all and not min_kept:
         return valid
     # NaN sorts as the largest; abs() clears the sign of -0.0, whose bits would not be ordered.
-    rank = torch.where(loss.isnan(), torch.inf, loss.detach().abs())
+    rank = loss.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     keep = valid & rank.isinf()
     if thresh is not None:
         keep = keep | (valid & (rank > -math.log(thresh)))
@@ -132,7 +136,7 @@ def _below_floor(
         num_groups = len(rank)
         group = torch.arange(num_groups, device=rank.device).view(-1, *[1] * (rank.dim() - 1))
     elif pool == "class":
-        num_groups, group = num_classes, torch.where(valid, target, 0)
+        num_groups, group = num_classes, torch.where(valid, target, 0).long()
     else:
         num_groups, group = 1, torch.zeros([1] * rank.dim(), dtype=torch.long, device=rank.device)
 
@@ -188,22 +192,26 @@ def _kth_largest(
         The k-th largest values, shape (G,), in the dtype of ``values``.
     """
     bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
+    # Two dimensions, (N, pixels), so that slices of the second walk over all pixels in chunks.
+    bits, valid, group = (t.flatten(1) if t.dim() > 1 else t[:, None] for t in (bits, valid, group))
+    step = max(1, _CHUNK.get(bits.device.type, _CHUNK_ELSEWHERE) // max(1, len(bits)))
     prefix = torch.zeros(num_groups, dtype=bits.dtype, device=bits.device)
     shift = bits.element_size() * 8 - 1  # the sign bit is 0
-    alive = valid
     while shift:
         width = min(_DIGIT, shift)
         shift -= width
         bins = 1 << width
-        digit = (bits >> shift) & (bins - 1)
-        index = (group * bins + digit).reshape(-1)
         hist = torch.zeros(num_groups * bins, dtype=torch.long, device=bits.device)
-        hist.scatter_add_(0, index, alive.reshape(-1).long())
+        for start in range(0, bits.shape[1], step):
+            part = bits[:, start : start + step] >> shift
+            own = group[:, start : start + step] if group.shape[1] > 1 else group
+            alive = valid[:, start : start + step] & ((part >> width) == prefix[own])
+            index = own * bins + (part & (bins - 1))
+            hist.scatter_add_(0, index.reshape(-1), alive.reshape(-1).long())
         hist = world_sum(hist, pool).view(num_groups, bins)
         above = hist.flip(1).cumsum(1)  # above[:, i]: pixels in the i + 1 highest bins
-        step = (above < k[:, None]).sum(1).clamp_max(bins - 1)
-        before = (above.gather(1, step[:, None]) - hist.flip(1).gather(1, step[:, None])).squeeze(1)
-        k = k - before
-        prefix = (prefix << width) | (bins - 1 - step).to(bits.dtype)
-        alive = alive & ((bits >> shift) == prefix[group])
+        place = (above < k[:, None]).sum(1).clamp_max(bins - 1)
+        inside = hist.flip(1).gather(1, place[:, None])
+        k = k - (above.gather(1, place[:, None]) - inside).squeeze(1)
+        prefix = (prefix << width) | (bins - 1 - place).to(bits.dtype)
     return prefix.view(values.dtype)

@@ -43,7 +43,8 @@ def pixel_cross_entropy(
 
     Args:
         logits: Any floating dtype, shape (N, C, ...), spatially at most as large as ``target``.
-        target: int64, shape (N, ...), in [0, C) everywhere ({0, 1} for C = 1 with sigmoid).
+        target: Any integer dtype, shape (N, ...), in [0, C) where valid ({0, 1} for C = 1 with
+            sigmoid).
         valid: Bool, shape (N, ...).
         use_sigmoid: Binary cross-entropy: of the one channel, or of all channels against the
             one-hot target, summed over the channels.
@@ -79,6 +80,7 @@ def pixel_cross_entropy(
         mode = _INTERPOLATION[len(size)]
         # In float32 even for half-precision logits, as the loss itself.
         logits = F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)
+    target = torch.where(valid, target, 0).long()
     mined, loss = full_cross_entropy(
         logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
     )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .eager import one_hot, wide
 
 # Elements of a band. On the CPU it stays in the cache; elsewhere launches cost more than memory.
-_BAND = {"cpu": 2**18}
+_BAND = {"cpu": 2**19}
 _BAND_ELSEWHERE = 2**24
 
 
@@ -37,7 +37,7 @@ def banded_cross_entropy(
 
     Args:
         logits: Any floating dtype, shape (N, C, h, w).
-        target: int64, shape (N, H, W) with H >= h and W >= w, a class index everywhere.
+        target: Any integer dtype, shape (N, H, W), H >= h and W >= w, a class index where valid.
         valid: Bool, shape (N, H, W).
         use_sigmoid: See :func:`ohem_mm.ops.pixel_cross_entropy`.
         label_smoothing: See :func:`ohem_mm.ops.pixel_cross_entropy`.
@@ -50,7 +50,7 @@ def banded_cross_entropy(
     loss, mined, hits = _Banded.apply(  # type: ignore[no-untyped-call]
         logits, target, valid, use_sigmoid, label_smoothing, align_corners, count_hits
     )
-    return mined, loss, hits if count_hits else None
+    return mined if label_smoothing else loss.detach(), loss, hits if count_hits else None
 
 
 class _Banded(torch.autograd.Function):
@@ -67,10 +67,11 @@ class _Banded(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss = torch.empty(target.shape, dtype=dtype, device=logits.device)
-        mined = torch.empty_like(loss) if smoothing else loss
+        mined = torch.empty_like(loss) if smoothing else loss.new_empty(0)
         hits = torch.zeros((), dtype=torch.long, device=logits.device)
         for n, rows, z, _ in _bands(logits, target, align_corners, poison=True):
-            labels, ok = target[n, rows], valid[n, rows]
+            ok = valid[n, rows]
+            labels = torch.where(ok, target[n, rows], 0).long()
             if count_hits:
                 # A label is at most C - 1, but 1 for one sigmoid channel, whose answer is always 0.
                 true = z.gather(1, labels.clamp(max=z.shape[1] - 1)[:, None]).squeeze(1)
@@ -87,13 +88,11 @@ class _Banded(torch.autograd.Function):
                 plain = -log_p.gather(1, labels[:, None]).squeeze(1)
                 if smoothing:
                     smooth = (1 - smoothing) * plain - smoothing * log_p.mean(1)
-            mined[n, rows] = torch.where(ok, plain, 0)
+            loss[n, rows] = torch.where(ok, smooth if smoothing else plain, 0)
             if smoothing:
-                loss[n, rows] = torch.where(ok, smooth, 0)
+                mined[n, rows] = torch.where(ok, plain, 0)
         ctx.save_for_backward(logits, target, valid, loss)
         ctx.options = use_sigmoid, smoothing, align_corners
-        if not smoothing:
-            mined = loss.clone()  # autograd wants two outputs to be two tensors
         ctx.mark_non_differentiable(mined, hits)
         return loss, mined, hits
 
@@ -103,28 +102,27 @@ class _Banded(torch.autograd.Function):
         logits, target, valid, loss = ctx.saved_tensors
         use_sigmoid, smoothing, align_corners = ctx.options
         size, small = target.shape[1:], logits.shape[2:]
-        # loss - loss is 0, or NaN where the loss is not finite.
-        coefficient = torch.where(valid, grad_loss + (loss - loss), 0)
         on_cpu = logits.device.type == "cpu"
         grad = torch.zeros_like(logits, dtype=loss.dtype, memory_format=torch.contiguous_format)
-        columns = _weights(small[1], size[1], align_corners, loss).T
-        # Gradient of the column-interpolated logits of one image, (h, C, W).
-        part = loss.new_empty(small[0] if small != size else 0, logits.shape[1], size[1])
+        columns = None
+        if small != size:
+            columns = _weights(small[1], size[1], align_corners, loss).T
         for n, rows, z, lerp in _bands(logits, target, align_corners, poison=False):
-            if rows.start == 0:
-                part.zero_()
-            weight = coefficient[n, rows]
-            if not on_cpu or weight.any():  # else nothing in this band is kept
-                g = _logit_gradient(z, target[n, rows], use_sigmoid, smoothing)
-                g *= weight[:, None]
-                if lerp is None:
-                    g.masked_fill_(~valid[n, rows][:, None], 0)
-                    grad[n, :, rows] = g.transpose(0, 1)
-                else:
-                    near, mix = lerp
-                    part[near].flatten(1).addmm_(mix.T, g.flatten(1))
-            if lerp is not None and rows.stop == size[0]:
-                grad[n] = (part @ columns).transpose(0, 1)
+            ok, band = valid[n, rows], loss[n, rows]
+            # band - band is 0, or NaN where the loss is not finite.
+            weight = torch.where(ok, grad_loss[n, rows] + (band - band), 0)
+            if on_cpu and not weight.any():
+                continue  # nothing in this band is kept
+            labels = torch.where(ok, target[n, rows], 0).long()
+            g = _logit_gradient(z, labels, use_sigmoid, smoothing)
+            g *= weight[:, None]
+            if lerp is None or columns is None:
+                g.masked_fill_(~ok[:, None], 0)
+                grad[n, :, rows] = g.transpose(0, 1)
+            else:
+                near, mix = lerp
+                part = (mix.T @ g.flatten(1)).view(-1, *g.shape[1:])  # (small rows, C, W)
+                grad[n, :, near] += (part @ columns).transpose(0, 1)
         return grad.to(logits.dtype), *[None] * 6
 
 
@@ -172,13 +170,15 @@ def _bands(
             if image.device.type != "cpu" or broken.any():
                 image = image.nan_to_num(0, 0, 0)
                 reached = broken.to(dtype) @ columns
-            wider = (image.transpose(0, 1) @ columns).flatten(1)  # (h, C * W)
+            image = image.transpose(0, 1)  # (h, C, w)
         for top in range(0, height, step):
             rows = slice(top, min(top + step, height))
             if scaled:
                 used = slice(near[rows.start][0], near[rows.stop - 1][1])
                 mix = rows_matrix[rows, used]
-                z = (mix @ wider[used]).view(-1, logits.shape[1], width)
+                # Bands overlap by a small row or two; keeping all rows would cost more memory.
+                wider = image[used] @ columns
+                z = (mix @ wider.flatten(1)).view(-1, *wider.shape[1:])
                 if poison and reached is not None:
                     z.masked_fill_((mix @ reached[used] > 0)[:, None], torch.nan)
                 yield n, rows, z, (used, mix)

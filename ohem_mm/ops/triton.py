@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Upsampling, cross-entropy, mining and their gradient on the GPU, without full-size logits.
 
 What is kept for each output pixel is two float32 maps, the loss and the log of the normaliser; its
@@ -20,8 +21,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
@@ -33,11 +32,11 @@ def _jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-# Output rows and columns of a forward tile. One warp each, so that sums over classes and over rows
-# stay inside a thread.
-_ROWS, _COLS = 8, 64
+# Pixels of a tile that holds one output row or more. A tile is one warp's, so that the sums over
+# classes and over rows stay inside a thread.
+_TILE = 256
 # Cells and classes of a backward tile, one warp each. One cell is the overlap with the neighbour.
-_CELLS, _CLASSES = 32, 16
+_CELLS, _CLASSES = 32, 8
 # Rows of cells that a backward program walks down. Longer walks repeat less work (1 + 1 / rows),
 # but there must be enough programs to fill the device.
 _WALK, _ENOUGH_PROGRAMS = 4, 4096
@@ -45,6 +44,8 @@ _WALK, _ENOUGH_PROGRAMS = 4, 4096
 _BLOCK, _PROGRAMS = 1024, 1024
 # The 31 bits of a non-negative float are found 11, 10 and 10 at a time.
 _BINS = 2048
+# Newer releases of Triton turn it off unless asked.
+_OPTIONS = {"enable_fp_fusion": True}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -85,8 +86,9 @@ def _axis(low: int, high: int, align_corners: bool) -> _Axis:
 
 
 @_jit
-def _source(i, a, b, d, last):
+def _source(i, axis, last):
     # Cell of output pixel i and the weight of its second row. The last cell has no second row.
+    a, b, d = axis
     position = tl.maximum(a * i + b, 0)
     cell = position // d
     weight = (position - cell * d).to(tl.float32) / d
@@ -94,8 +96,9 @@ def _source(i, a, b, d, last):
 
 
 @_jit
-def _begin(cell, a, b, d, size):
+def _begin(cell, axis, size):
     # First output pixel of a cell. Cell 0 also has the pixels that lie before its first row.
+    a, b, d = axis
     first = (d * cell - b + a - 1) // a
     return tl.where(cell <= 0, 0, tl.minimum(first, size))
 
@@ -120,24 +123,15 @@ def _forward(
     soft_loss,
     normaliser,
     hits,
-    stride_n,
-    stride_c,
-    stride_y,
-    stride_x,
+    strides,
     classes,
     labels,
     ignore_index,
     smoothing,
-    low_h,
-    low_w,
-    size_h,
-    size_w,
-    ay,
-    by,
-    dy,
-    ax,
-    bx,
-    dx,
+    low,
+    size,
+    axis_y,
+    axis_x,
     full: tl.constexpr,
     sigmoid: tl.constexpr,
     smooth: tl.constexpr,
@@ -146,20 +140,23 @@ def _forward(
     cols: tl.constexpr,
 ):
     # A program takes a strip of columns of one row of cells: there the four corners of a column do
-    # not change from row to row. `full`: logits have the size of the labels; nothing to interpolate.
+    # not change from row to row. `full`: logits are as large as labels; nothing is interpolated.
+    stride_n, stride_c, stride_y, stride_x = strides
+    (low_h, low_w), (size_h, size_w) = low, size
     block_x, block_y = tl.program_id(0), tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
-    x = block_x * cols + tl.arange(0, cols)
+    # Without the hint, the compiler loads four pixels a thread, and then moves each class's logits
+    # between threads through shared memory.
+    x = tl.max_contiguous(block_x * cols + tl.arange(0, cols), 1)
     inside_x = x < size_w
     logits += image * stride_n
     if full:
         y_begin = block_y * rows
         y_end = tl.minimum(y_begin + rows, size_h)
-        corner, right, weight_x = x, x, x  # not used
     else:
-        y_begin = _begin(block_y, ay, by, dy, size_h)
-        y_end = _begin(block_y + 1, ay, by, dy, size_h)
-        corner, weight_x = _source(x, ax, bx, dx, low_w - 1)
+        y_begin = _begin(block_y, axis_y, size_h)
+        y_end = _begin(block_y + 1, axis_y, size_h)
+        corner, weight_x = _source(x, axis_x, low_w - 1)
         right = tl.minimum(corner + 1, low_w - 1).to(tl.int64) * stride_x
         corner = corner.to(tl.int64) * stride_x
     below = tl.minimum(block_y + 1, low_h - 1).to(tl.int64) * stride_y
@@ -169,12 +166,14 @@ def _forward(
     for y_first in range(y_begin, y_end, rows):
         y = y_first + tl.arange(0, rows)
         inside = (y < y_end)[:, None] & inside_x[None, :]
-        place = (image * size_h + y[:, None]) * size_w + x[None, :]
-        label = tl.load(target + place, mask=inside, other=0)
+        # 64-bit to the tile, 32-bit within it: registers are what limits this kernel.
+        tile = (image * size_h + y_first) * size_w
+        place = tl.arange(0, rows)[:, None] * size_w + x[None, :]
+        label = tl.load(target + tile + place, mask=inside, other=0)
         valid = inside & (label != ignore_index)
         known = (label >= 0) & (label < labels)
-        label = tl.where(valid & known, label, -1).to(tl.int32)
-        _, weight_y = _source(y, ay, by, dy, low_h - 1)
+        label = tl.where(valid & known, label.to(tl.int32), -1)
+        _cell_y, weight_y = _source(y, axis_y, low_h - 1)
 
         # `rest` is the sum of exp(z - best) over all classes but the best one so far.
         best = tl.full([rows, cols], -3.4e38, tl.float32)
@@ -222,12 +221,12 @@ def _forward(
             log_rest = tl.where(best == float("inf"), float("nan"), log_rest)
             # A label that is no class has true_z = NaN: its loss is NaN, loudly.
             pixel = (best - true_z) + log_rest
-            tl.store(normaliser + place, best + log_rest, mask=inside)
+            tl.store(normaliser + tile + place, best + log_rest, mask=inside)
         # Below 0 means ignored, from here on.
-        tl.store(loss + place, tl.where(valid, pixel, -1.0), mask=inside)
+        tl.store(loss + tile + place, tl.where(valid, pixel, -1.0), mask=inside)
         if smooth:
             extra = sum_z if sigmoid else true_z - sum_z / classes
-            tl.store(soft_loss + place, pixel + smoothing * extra, mask=inside)
+            tl.store(soft_loss + tile + place, pixel + smoothing * extra, mask=inside)
         if with_hits:
             correct += (valid & (arg == label)).to(tl.int32)
     if with_hits:
@@ -296,9 +295,9 @@ def _count_digits(
                 hard_here += tl.histogram(group, groups_up, mask=is_hard)
             else:
                 hard_mine += is_hard.to(tl.int32)
+        elif pool == "class":
+            alive &= (bits >> (shift + 10)) == tl.load(prefix + group, mask=alive, other=-1)
         else:
-            if pool == "class":
-                found = tl.load(prefix + group, mask=alive, other=-1)
             alive &= (bits >> (shift + 10)) == found
         digit = (bits >> shift) & (bins - 1 if step == 0 else 1023)
         if pool == "class":
@@ -489,25 +488,21 @@ def _backward_full(
     divisor,
     grad_loss,
     grad,
-    stride_n,
-    stride_c,
-    stride_y,
-    stride_x,
-    grad_n,
-    grad_c,
-    grad_y,
-    grad_x,
+    strides,
+    grad_strides,
     classes,
     labels,
     sharp,
     even,
-    size_h,
-    size_w,
+    size,
     sigmoid: tl.constexpr,
     rows: tl.constexpr,
     cols: tl.constexpr,
 ):
     # Logits of the size of the labels: a tile of pixels, all classes.
+    stride_n, stride_c, stride_y, stride_x = strides
+    grad_n, grad_c, grad_y, grad_x = grad_strides
+    size_h, size_w = size
     x = tl.program_id(0) * cols + tl.arange(0, cols)
     y = tl.program_id(1) * rows + tl.arange(0, rows)
     image = tl.program_id(2).to(tl.int64)
@@ -547,28 +542,16 @@ def _backward(
     divisor,
     grad_loss,
     grad,
-    stride_n,
-    stride_c,
-    stride_y,
-    stride_x,
-    grad_n,
-    grad_c,
-    grad_y,
-    grad_x,
+    strides,
+    grad_strides,
     classes,
     labels,
     sharp,
     even,
-    low_h,
-    low_w,
-    size_h,
-    size_w,
-    ay,
-    by,
-    dy,
-    ax,
-    bx,
-    dx,
+    low,
+    size,
+    axis_y,
+    axis_x,
     sigmoid: tl.constexpr,
     walk: tl.constexpr,
     class_tile: tl.constexpr,
@@ -578,25 +561,33 @@ def _backward(
     # collects from the four cells around it: the left ones are the neighbour thread's, the upper
     # ones were done one row earlier and are carried down. Nothing is shared between programs; the
     # first column and row of cells of each is the overlap that is computed twice.
+    stride_n, stride_c, stride_y, stride_x = strides
+    grad_n, grad_c, grad_y, grad_x = grad_strides
+    (low_h, low_w), (size_h, size_w) = low, size
     block_x = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     class_blocks = tl.cdiv(classes, class_tile)
     first_row = tl.program_id(1) // class_blocks * walk
-    c = tl.program_id(1) % class_blocks * class_tile + tl.arange(0, class_tile)
+    first_class = tl.program_id(1) % class_blocks * class_tile
+    local = tl.arange(0, class_tile)
+    c = first_class + local
     lane = tl.arange(0, cells)
     cell = block_x * (cells - 1) - 1 + lane
     inside = (cell >= 0) & (cell < low_w)
-    both = (c < classes)[:, None] & inside[None, :]
-    x_begin = _begin(cell, ax, bx, dx, size_w)
-    x_end = tl.where(inside, _begin(cell + 1, ax, bx, dx, size_w), x_begin)
+    x_begin = _begin(cell, axis_x, size_w)
+    x_end = tl.where(inside, _begin(cell + 1, axis_x, size_w), x_begin)
     width = tl.max(x_end - x_begin, 0)
 
-    left = cell.to(tl.int64)[None, :] * stride_x
-    right = tl.minimum(cell + 1, low_w - 1).to(tl.int64)[None, :] * stride_x
-    planes = logits + image * stride_n + c.to(tl.int64)[:, None] * stride_c
-    out = grad + image * grad_n + c.to(tl.int64)[:, None] * grad_c
-    out += cell.to(tl.int64)[None, :] * grad_x
-    mine = both & (lane > 0)[None, :]  # the overlap belongs to the program on the left
+    # 64-bit to the tile, 32-bit within it. Classes and cells outside repeat the last one inside;
+    # no pixel is theirs, and nothing is stored for them.
+    logits += image * stride_n + first_class.to(tl.int64) * stride_c
+    grad += image * grad_n + first_class.to(tl.int64) * grad_c
+    plane = tl.minimum(local, classes - 1 - first_class)[:, None] * stride_c
+    left = plane + tl.minimum(tl.maximum(cell, 0), low_w - 1)[None, :] * stride_x
+    right = plane + tl.minimum(cell + 1, low_w - 1)[None, :] * stride_x
+    # The overlap belongs to the program on the left.
+    mine = (c < classes)[:, None] & (inside & (lane > 0))[None, :]
+    out = local[:, None] * grad_c + cell[None, :] * grad_x
     first = (lane == 0)[None, :] & (c >= 0)[:, None]
     shift = tl.maximum(lane - 1, 0)[None, :] + tl.zeros([class_tile, cells], tl.int32)
 
@@ -606,17 +597,18 @@ def _backward(
         row = first_row - 1 + r
         above = tl.minimum(tl.maximum(row, 0), low_h - 1).to(tl.int64) * stride_y
         below = tl.minimum(row + 1, low_h - 1).to(tl.int64) * stride_y
-        z00 = tl.load(planes + above + left, mask=both, other=0.0).to(tl.float32)
-        z01 = tl.load(planes + above + right, mask=both, other=0.0).to(tl.float32)
-        z10 = tl.load(planes + below + left, mask=both, other=0.0).to(tl.float32)
-        z11 = tl.load(planes + below + right, mask=both, other=0.0).to(tl.float32)
-        upper_left = tl.zeros([class_tile, cells], tl.float32)
+        upper_left = carry
         upper_right = tl.zeros([class_tile, cells], tl.float32)
         lower_left = tl.zeros([class_tile, cells], tl.float32)
         lower_right = tl.zeros([class_tile, cells], tl.float32)
-        y_end = _begin(row + 1, ay, by, dy, size_h)
-        for y in range(_begin(row, ay, by, dy, size_h), y_end):
-            _, weight_y = _source(y, ay, by, dy, low_h - 1)
+        y_end = _begin(row + 1, axis_y, size_h)
+        for y in range(_begin(row, axis_y, size_h), y_end):
+            _cell_y, weight_y = _source(y, axis_y, low_h - 1)
+            # Loaded again for each line: they come from the cache, and registers are scarcer.
+            z00 = tl.load(logits + above + left).to(tl.float32)
+            z01 = tl.load(logits + above + right).to(tl.float32)
+            z10 = tl.load(logits + below + left).to(tl.float32)
+            z11 = tl.load(logits + below + right).to(tl.float32)
             z0 = z00 + weight_y * (z10 - z00)
             slope = z01 + weight_y * (z11 - z01) - z0
             line = (image * size_h + y) * size_w
@@ -629,7 +621,7 @@ def _backward(
                 k = tl.where(k != 0, k * step, 0.0)
                 # Most pixels are not kept: skip the classes where none of these is.
                 if tl.max((k != 0).to(tl.int32), 0) > 0:
-                    _, weight_x = _source(x, ax, bx, dx, low_w - 1)
+                    _cell_x, weight_x = _source(x, axis_x, low_w - 1)
                     label = tl.load(target + line + x, mask=here, other=0).to(tl.int32)
                     norm = k
                     if not sigmoid:
@@ -646,8 +638,8 @@ def _backward(
             lower_left += weight_y * sum_left
             lower_right += weight_y * sum_right
         if (r > 0) & (row < low_h):
-            value = carry + upper_left + _from_left(upper_right, shift, first)
-            at = out + row.to(tl.int64) * grad_y
+            value = upper_left + _from_left(upper_right, shift, first)
+            at = grad + row.to(tl.int64) * grad_y + out
             tl.store(at, value.to(grad.dtype.element_ty), mask=mine)
         carry = lower_left + _from_left(lower_right, shift, first)
 
@@ -745,9 +737,7 @@ def ohem(
     )
     if isinstance(avg_factor, Tensor) and avg_factor.device != logits.device:
         avg_factor = float(avg_factor)  # a number on the host, which costs nothing to read
-    loss, hits, valid = _Ohem.apply(  # type: ignore[no-untyped-call]
-        logits, target, scale, class_weight, avg_factor, settings
-    )
+    loss, hits, valid = _Ohem.apply(logits, target, scale, class_weight, avg_factor, settings)
     return loss, hits if with_hits else None, valid
 
 
@@ -776,8 +766,11 @@ class _Ohem(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.cuda.device_of(grad_loss):
-            grad = _run_backward(*ctx.saved_tensors, grad_loss, ctx.settings)
+        logits, target, factor, normaliser, divisor = ctx.saved_tensors
+        with torch.cuda.device_of(logits):
+            grad = _run_backward(
+                logits, target, factor, normaliser, divisor, grad_loss, ctx.settings
+            )
         return grad, None, None, None, None, None
 
 
@@ -793,7 +786,10 @@ def _run_forward(
     # Maps that are not needed are never touched; any tensor stands in for them.
     soft_loss = torch.empty_like(loss) if smooth else loss
     normaliser = loss if settings.use_sigmoid else torch.empty_like(loss)
-    grid = (_cdiv(width, _COLS), _cdiv(height, _ROWS) if full else low_h, images)
+    # As many rows as most cells have, but not one: Triton has miscompiled dimensions of size 1.
+    rows = min(8, max(2, 1 << (height // max(1, low_h)).bit_length() - 1))
+    cols = _TILE // rows
+    grid = (_cdiv(width, cols), _cdiv(height, rows) if full else low_h, images)
     hits = logits.new_empty(math.prod(grid) if settings.with_hits else 1, dtype=torch.int32)
     if loss.numel():
         _forward[grid](
@@ -803,24 +799,23 @@ def _run_forward(
             soft_loss,
             normaliser,
             hits,
-            *logits.stride(),
+            logits.stride(),
             classes,
             _num_labels(classes, settings),
             settings.ignore_index,
             settings.label_smoothing,
-            low_h,
-            low_w,
-            height,
-            width,
-            *_axis(low_h, height, settings.align_corners),
-            *_axis(low_w, width, settings.align_corners),
+            (low_h, low_w),
+            settings.size,
+            _axis(low_h, height, settings.align_corners),
+            _axis(low_w, width, settings.align_corners),
             full=full,
             sigmoid=settings.use_sigmoid,
             smooth=smooth,
             with_hits=settings.with_hits,
-            rows=_ROWS,
-            cols=_COLS,
+            rows=rows,
+            cols=cols,
             num_warps=1,
+            **_OPTIONS,
         )
     return (loss, soft_loss, normaliser), hits
 
@@ -869,6 +864,7 @@ def _mine(
             weighted=settings.weighted_mean,
             over_kept=settings.avg == "kept",
             block=_BLOCK,
+            **_OPTIONS,
         )
 
     result, divisor = loss.new_empty(()), loss.new_empty(())
@@ -896,7 +892,8 @@ def _mine(
         given,
         divide_by=divide_by,
         with_hits=settings.with_hits,
-        block=1024,
+        block=_BLOCK,
+        **_OPTIONS,
     )
     return result, divisor, num_hits, num_valid
 
@@ -913,7 +910,7 @@ def _find_floor(
     groups = {"batch": 1, "image": len(loss), "class": labels}[settings.pool]
     state = torch.zeros(groups * (3 * _BINS + 3), dtype=torch.int32, device=loss.device)
     digits = state[: 3 * groups * _BINS].view(3, -1)
-    hard, prefix, rank = state[3 * groups * _BINS :].view(3, groups)
+    hard, prefix, rank = state[3 * groups * _BINS :].view(3, groups).unbind()
     share, floor = Fraction(0), 0
     if isinstance(settings.min_kept, float):
         share = Fraction(settings.min_kept).limit_denominator(10**6)
@@ -935,6 +932,7 @@ def _find_floor(
             bins=_BINS,
             groups_up=max(2, triton.next_power_of_2(groups)) if settings.pool == "class" else 2,
             block=_BLOCK,
+            **_OPTIONS,
         )
         _choose_digit[(groups,)](
             digits[step],
@@ -947,6 +945,7 @@ def _find_floor(
             share=isinstance(settings.min_kept, float),
             step=step,
             bins=_BINS,
+            **_OPTIONS,
         )
     return prefix
 
@@ -972,8 +971,8 @@ def _run_backward(
         divisor,
         grad_loss,
         grad,
-        *logits.stride(),
-        *grad.stride(),
+        logits.stride(),
+        grad.stride(),
         classes,
         _num_labels(classes, settings),
         1 - s,
@@ -982,15 +981,15 @@ def _run_backward(
     if not grad.numel():
         return grad
     if (low_h, low_w) == settings.size:
-        grid = (_cdiv(width, _COLS), _cdiv(height, _ROWS), images)
+        grid = (_cdiv(width, _TILE // 2), _cdiv(height, 2), images)
         _backward_full[grid](
             *arguments,
-            height,
-            width,
+            settings.size,
             sigmoid=settings.use_sigmoid,
-            rows=_ROWS,
-            cols=_COLS,
+            rows=2,
+            cols=_TILE // 2,
             num_warps=1,
+            **_OPTIONS,
         )
         return grad
     class_tile = min(_CLASSES, max(2, triton.next_power_of_2(classes)))
@@ -1001,17 +1000,16 @@ def _run_backward(
     grid = (_cdiv(low_w, _CELLS - 1), _cdiv(low_h, walk) * _cdiv(classes, class_tile), images)
     _backward[grid](
         *arguments,
-        low_h,
-        low_w,
-        height,
-        width,
-        *_axis(low_h, height, settings.align_corners),
-        *_axis(low_w, width, settings.align_corners),
+        (low_h, low_w),
+        settings.size,
+        _axis(low_h, height, settings.align_corners),
+        _axis(low_w, width, settings.align_corners),
         sigmoid=settings.use_sigmoid,
         walk=walk,
         class_tile=class_tile,
         cells=_CELLS,
         num_warps=1,
+        **_OPTIONS,
     )
     return grad
 

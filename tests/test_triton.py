@@ -1,0 +1,540 @@
+"""The Triton kernels against the float64 oracle, and what can be known of them without a GPU.
+
+Without a GPU the kernels run in Triton's interpreter. Triton decides that when it is imported, so
+``test_in_the_interpreter`` runs this file once more in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ohem_mm import reference
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+kernels = pytest.importorskip("ohem_mm.ops.triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+runs = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="runs within test_in_the_interpreter"
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
+DEFAULTS = {
+    "thresh": 0.7,
+    "min_kept": 1 / 16,
+    "pool": "batch",
+    "min_kept_per": "batch",
+    "always_keep": (),
+    "avg": "kept",
+    "weighted_mean": False,
+    "avg_factor": None,
+    "ignore_index": 255,
+    "use_sigmoid": False,
+    "class_weight": None,
+    "label_smoothing": 0.0,
+    "align_corners": False,
+    "reduction": "mean",
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several programs, tiles and overlaps even on tiny maps."""
+    monkeypatch.setattr(kernels, "_TILE", 32)
+    monkeypatch.setattr(kernels, "_CELLS", 4)
+    monkeypatch.setattr(kernels, "_CLASSES", 4)
+    monkeypatch.setattr(kernels, "_BLOCK", 64)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 4)
+
+
+def ours(logits, target, weight=None, **rule):
+    """The loss, its gradient, and the numbers of hits and of valid pixels."""
+    logits = logits.to(DEVICE).requires_grad_()
+    rule = DEFAULTS | rule
+    weight = None if weight is None else weight.to(DEVICE)
+    if rule["class_weight"] is not None:
+        rule["class_weight"] = rule["class_weight"].to(DEVICE)
+    loss, hits, valid = kernels.ohem(
+        logits, target.to(DEVICE), weight, size=tuple(target.shape[1:]), with_hits=True, **rule
+    )
+    (loss * 2).backward()
+    return loss.detach().cpu(), logits.grad.cpu() / 2, int(hits), int(valid)
+
+
+def oracle(logits, target, weight=None, **rule):
+    logits = logits.detach().requires_grad_()
+    loss = reference.ohem_cross_entropy(logits, target, weight, **DEFAULTS | rule)
+    loss.backward()
+    return loss.detach(), logits.grad
+
+
+def check(logits, target, weight=None, **rule):
+    loss, grad, hits, valid = ours(logits, target, weight, **rule)
+    expected_loss, expected_grad = oracle(logits, target, weight, **rule)
+    torch.testing.assert_close(loss.double(), expected_loss.double(), rtol=1e-5, atol=1e-7)
+    scale = float(expected_grad.double().abs().max())
+    torch.testing.assert_close(
+        grad, expected_grad, rtol=0, atol=TOLERANCE[logits.dtype] * scale + 1e-12
+    )
+    ignore_index = rule.get("ignore_index", 255)
+    assert valid == int((target != ignore_index).sum())
+    z = logits.double()
+    if z.shape[2:] != target.shape[1:]:
+        corners = rule.get("align_corners", False)
+        z = torch.nn.functional.interpolate(
+            z, size=target.shape[1:], mode="bilinear", align_corners=corners
+        )
+    assert hits == int(((z.argmax(1) == target) & (target != ignore_index)).sum())
+
+
+def batch(seed, shape, size, dtype=torch.float32, ignored=0.2, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    target = torch.randint(0, max(2, shape[1]), (shape[0], *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = 255
+    return logits, target
+
+
+def test_in_the_interpreter():
+    if DEVICE == "cuda" or INTERPRETED:
+        pytest.skip("the tests of this process run the kernels")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+# --- values and gradients ------------------------------------------------------------------------
+
+SIZES = {
+    "same": ((5, 7), (5, 7)),
+    "twice": ((3, 5), (6, 10)),
+    "eight": ((2, 2), (16, 16)),
+    "fractional": ((3, 5), (8, 14)),
+    "rows only": ((2, 6), (5, 6)),
+    "barely": ((4, 5), (5, 6)),
+    "one cell": ((1, 1), (4, 3)),
+    "to one row": ((1, 3), (1, 8)),
+}
+
+
+@runs
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("name", SIZES)
+def test_every_scale_agrees_with_the_oracle(small_tiles, name, align_corners):
+    low, size = SIZES[name]
+    logits, target = batch(0, (1, 3, *low), size)
+    check(logits, target, align_corners=align_corners)
+
+
+@runs
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 19, 33])
+@pytest.mark.parametrize("size", [(4, 5), (3, 4)])
+def test_any_number_of_classes(channels, use_sigmoid, size):
+    if channels == 1 and not use_sigmoid:
+        pytest.skip("softmax over one class is always 1")
+    logits, target = batch(1, (1, channels, 3, 4), size)
+    check(logits, target, use_sigmoid=use_sigmoid)
+
+
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_types(dtype, kind):
+    logits, target = batch(2, (2, 3, 2, 3), (5, 6), dtype=dtype)
+    check(logits, target.to(kind))
+
+
+@runs
+def test_negative_ignore_index():
+    logits, target = batch(2, (2, 3, 2, 3), (5, 6))
+    check(logits, torch.where(target == 255, -100, target), ignore_index=-100)
+
+
+@runs
+@pytest.mark.parametrize("walk", [1, 4])
+def test_rows_that_a_program_walks_down(small_tiles, monkeypatch, walk):
+    monkeypatch.setattr(kernels, "_WALK", walk)
+    monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", 0)
+    logits, target = batch(3, (2, 6, 6, 5), (15, 11))
+    check(logits, target, thresh=0.9)
+
+
+@runs
+@pytest.mark.parametrize("size", [(4, 6), (7, 9)])
+def test_strides(size):
+    logits, target = batch(4, (2, 5, 4, 6), size)
+    check(logits.to(memory_format=torch.channels_last), target)
+    wide = torch.cat([logits, logits], dim=1)
+    check(wide[:, 1:-4], target)
+    check(logits[:1].expand(2, -1, -1, -1), target)
+
+
+RULES = {
+    "top-k": {"thresh": None, "min_kept": 7},
+    "threshold alone": {"thresh": 0.3, "min_kept": 0},
+    "every loss is hard": {"thresh": 1.0},
+    "share": {"thresh": 0.01, "min_kept": 0.29},
+    "all of them": {"thresh": 0.01, "min_kept": 1.0},
+    "more than there are": {"thresh": 0.01, "min_kept": 10**12},
+    "per image": {"thresh": 0.01, "min_kept": 9, "min_kept_per": "image"},
+    "image pool": {"thresh": 0.01, "min_kept": 11, "pool": "image"},
+    "image pool, share": {"thresh": 0.1, "min_kept": 0.2, "pool": "image"},
+    "class pool": {"thresh": 0.01, "min_kept": 5, "pool": "class"},
+    "class pool, share": {"thresh": 0.2, "min_kept": 0.3, "pool": "class"},
+    "always": {"always_keep": (0, 2), "thresh": 0.05},
+    "valid": {"avg": "valid"},
+    "all": {"avg": "all"},
+    "factor": {"avg_factor": 7.5},
+    "factor tensor": {"avg_factor": torch.tensor(3.0)},
+    "sum": {"reduction": "sum"},
+    "smooth": {"label_smoothing": 0.1, "thresh": 0.3},
+    "smooth sigmoid": {"label_smoothing": 0.1, "use_sigmoid": True},
+}
+
+
+@runs
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("size", [(6, 5), (8, 11)])
+def test_every_rule_agrees_with_the_oracle(small_tiles, name, size):
+    logits, target = batch(5, (3, 4, 6, 5), size)
+    check(logits, target, **RULES[name])
+
+
+@runs
+@pytest.mark.parametrize("avg", ["kept", "valid", "all"])
+@pytest.mark.parametrize("weighted_mean", [False, True])
+def test_weights(avg, weighted_mean):
+    logits, target = batch(6, (2, 3, 3, 4), (5, 7))
+    class_weight = torch.tensor([0.5, 2.0, 0.0])
+    weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
+    rule = {"avg": avg, "weighted_mean": weighted_mean}
+    check(logits, target, class_weight=class_weight, **rule)
+    check(logits, target, weight, **rule)
+    check(logits, target, weight, class_weight=class_weight, **rule)
+
+
+@runs
+@pytest.mark.parametrize("pool", ["batch", "image", "class"])
+def test_ties_are_all_kept(pool):
+    logits = torch.tensor([2.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 3, 4).contiguous()
+    target = torch.zeros(2, 6, 8, dtype=torch.long)
+    target[:, 3:] = 1
+    target[0, 0, :5] = 255
+    check(logits, target, thresh=0.01, min_kept=2, pool=pool)
+
+
+@st.composite
+def problems(draw):
+    use_sigmoid = draw(st.booleans())
+    channels = draw(st.integers(1 if use_sigmoid else 2, 4))
+    low = (draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    size = (low[0] + draw(st.integers(0, 5)), low[1] + draw(st.integers(0, 5)))
+    logits, target = batch(
+        draw(st.integers(0, 10**6)),
+        (draw(st.integers(1, 2)), channels, *low),
+        size,
+        ignored=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        scale=draw(st.sampled_from([0.1, 3.0])),
+    )
+    weight, class_weight = None, None
+    if draw(st.booleans()):
+        weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    if draw(st.booleans()):
+        class_weight = torch.arange(1.0, max(2, channels) + 1)
+    rule = {
+        "thresh": draw(st.sampled_from([None, 0.3, 0.7, 0.99])),
+        "min_kept": draw(st.sampled_from([0, 1, 3, 50, 1 / 16, 0.5, 1.0])),
+        "pool": draw(st.sampled_from(["batch", "image", "class"])),
+        "min_kept_per": draw(st.sampled_from(["batch", "image"])),
+        "always_keep": draw(st.sampled_from([(), (1,)])),
+        "avg": draw(st.sampled_from(["kept", "valid", "all"])),
+        "weighted_mean": draw(st.booleans()),
+        "use_sigmoid": use_sigmoid,
+        "class_weight": class_weight,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "align_corners": draw(st.booleans()),
+    }
+    return logits, target, weight, rule
+
+
+@runs
+@settings(
+    max_examples=int(os.environ.get("OHEM_MM_EXAMPLES", "12")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(problems())
+def test_settings_in_any_combination(problem):
+    logits, target, weight, rule = problem
+    check(logits, target, weight, **rule)
+
+
+# --- edges ---------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("size", [(3, 4), (5, 6)])
+@pytest.mark.parametrize("pool", ["batch", "class"])
+def test_all_ignored_is_a_zero_with_zero_gradients(size, pool):
+    logits, target = batch(7, (2, 3, 3, 4), size, ignored=2.0)
+    logits[0, 0, 0, 0] = torch.nan
+    loss, grad, hits, valid = ours(logits, target, pool=pool)
+    assert (float(loss), hits, valid) == (0.0, 0, 0)
+    assert not grad.any()
+
+
+@runs
+def test_nothing_kept_and_no_pixels_at_all():
+    easy = torch.tensor([9.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 3, 3)
+    target = torch.zeros(1, 6, 6, dtype=torch.long)
+    loss, grad, *_ = ours(easy.contiguous(), target, min_kept=0)
+    assert float(loss) == 0
+    assert not grad.any()
+    loss, grad, *_ = ours(torch.zeros(0, 2, 3, 3), torch.zeros(0, 6, 6, dtype=torch.long))
+    assert float(loss) == 0
+    assert grad.shape == (0, 2, 3, 3)
+
+
+@runs
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("size", [(4, 4), (8, 8)])
+def test_not_finite_is_kept_where_valid_and_unseen_where_ignored(bad, size):
+    logits, target = batch(8, (2, 3, 4, 4), size, ignored=0.0)
+    target[0, 0, 0] = 1
+    logits[0, 1, 0, 0] = bad
+    loss, grad, *_ = ours(logits, target, thresh=0.01, min_kept=1)
+    assert not loss.isfinite()
+    assert grad[0, :, 0, 0].isnan().all()
+    assert grad[1].isfinite().all()
+
+    target[0] = 255
+    check(torch.where(logits.isfinite(), logits, 0), target)
+    clean, dirty = ours(torch.where(logits.isfinite(), logits, 0), target), ours(logits, target)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[1], dirty[1])
+
+
+@runs
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+@pytest.mark.parametrize("pool", ["batch", "class"])
+def test_a_label_that_is_no_class_is_loud_and_stays_in_bounds(use_sigmoid, pool):
+    logits, target = batch(9, (1, 3, 3, 3), (5, 5))
+    target[0, 2, 2] = 7
+    rule = {"class_weight": torch.ones(3), "use_sigmoid": use_sigmoid, "pool": pool}
+    assert ours(logits, target, **rule)[0].isnan()
+
+
+@runs
+def test_small_losses_keep_their_digits():
+    logits = torch.zeros(1, 2, 3, 3)
+    logits[:, 0] = 12.0
+    check(logits, torch.zeros(1, 6, 6, dtype=torch.long), thresh=None, min_kept=5)
+    check(logits[:, :1], torch.ones(1, 6, 6, dtype=torch.long), min_kept=5, use_sigmoid=True)
+
+
+@runs
+def test_two_runs_give_the_same_bits(small_tiles):
+    logits, target = batch(10, (2, 4, 4, 5), (9, 12))
+    first, second = (ours(logits, target, min_kept=0.5, pool="class") for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@runs
+def test_second_derivatives_are_refused():
+    logits, target = batch(11, (1, 2, 2, 2), (4, 4))
+    logits = logits.to(DEVICE).requires_grad_()
+    loss, *_ = kernels.ohem(logits, target.to(DEVICE), None, size=(4, 4), **DEFAULTS)
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_available():
+    logits = torch.zeros(1, 2, 3, 3, device=DEVICE)
+    assert kernels.available(logits) == (DEVICE == "cuda" or INTERPRETED)
+    assert not kernels.available(logits.double())
+    assert not kernels.available(logits[0])
+
+
+# --- what can be known without running -----------------------------------------------------------
+
+NAMES = {
+    "_forward",
+    "_count_digits",
+    "_choose_digit",
+    "_select",
+    "_finish",
+    "_backward",
+    "_backward_full",
+}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launches:
+    """Stands in for the kernels: notes each launch as Triton would specialise it."""
+
+    def __init__(self, monkeypatch):
+        self.count, self.sources = 0, {}
+        for name in NAMES:
+            monkeypatch.setattr(kernels, name, Launcher(self, getattr(kernels, name)))
+
+
+class Launcher:
+    def __init__(self, launches, kernel):
+        self.launches, self.kernel = launches, kernel
+
+    def __getitem__(self, grid):
+        assert all(1 <= size < 2**16 for size in grid[1:])  # CUDA's limit
+        return self.launch
+
+    def launch(self, *args, **options):
+        from triton.compiler import ASTSource
+
+        self.launches.count += 1
+        values = dict(zip((p.name for p in self.kernel.params), args, strict=False)) | options
+        options = {
+            name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options
+        }
+        constants, attributes = {}, {}
+
+        def specialise(value, path, constant=False):
+            if isinstance(value, tuple) and not constant:
+                return tuple(specialise(item, (*path, i)) for i, item in enumerate(value))
+            if constant or (type(value) is int and value == 1):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, torch.Tensor):
+                attributes[path] = [["tt.divisibility", 16]]
+                return POINTERS[value.dtype]
+            if isinstance(value, float):
+                return "fp32"
+            if value % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+        signature = {
+            p.name: specialise(values[p.name], (i,), p.is_constexpr)
+            for i, p in enumerate(self.kernel.params)
+        }
+        key = (self.kernel.__name__, str((signature, constants, attributes)))
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        self.launches.sources[key] = (source, options)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of everything that is allocated, freed or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[id(storage)] = storage
+        return out
+
+
+def dry_run(shape, size, dtype=torch.float32, kind=torch.int64, weight=False, **rule):
+    """Run the host's part on tensors without data, which any wait for a value would trip over."""
+    logits = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+    target = torch.empty(shape[0], *size, dtype=kind, device="meta")
+    weight = torch.empty(target.shape, device="meta") if weight else None
+    inputs = {id(t.untyped_storage()) for t in (logits, target)}
+    with Allocations() as allocations:
+        loss, *_ = kernels.ohem(logits, target, weight, size=size, **DEFAULTS | rule)
+        loss.backward()
+    assert logits.grad.shape == logits.shape
+    storages = allocations.storages.items()
+    return sum(storage.nbytes() for name, storage in storages if name not in inputs)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("shape", "size", "mebibytes"),
+    [((4, 19, 128, 128), (1024, 1024), 50), ((16, 150, 128, 128), (512, 512), 260)],
+)
+def test_launches_and_memory(monkeypatch, shape, size, mebibytes):
+    launches = Launches(monkeypatch)
+    allocated = dry_run(shape, size, with_hits=True)
+    assert launches.count <= 11
+    assert allocated <= mebibytes * 2**20
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_compiler_takes_every_kernel(monkeypatch, tmp_path, capability):
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = Launches(monkeypatch)
+    for dtype in TOLERANCE:
+        for classes in (1, 19, 150):
+            rule = {"use_sigmoid": classes == 1, "with_hits": True}
+            dry_run((2, classes, 64, 64), (512, 512), dtype, **rule)
+    dry_run((2, 19, 64, 64), (64, 64), torch.bfloat16, torch.uint8, pool="image")
+    dry_run((16, 150, 256, 256), (1024, 1024), kind=torch.int32, pool="class", min_kept=9)
+    dry_run((16, 150, 1024, 1024), (1024, 1024), torch.float16)
+    dry_run(
+        (2, 150, 48, 48),
+        (77, 99),
+        align_corners=True,
+        weight=True,
+        class_weight=torch.empty(150, device="meta"),
+        always_keep=(1, 149),
+        label_smoothing=0.1,
+        weighted_mean=True,
+        avg_factor=torch.empty((), device="meta"),
+    )
+    assert {name for name, _ in launches.sources} == NAMES
+    for source, options in launches.sources.values():
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert compiled.asm["cubin"]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_the_host_never_waits_and_a_graph_can_be_captured():
+    logits, target = batch(12, (2, 19, 16, 16), (128, 128))
+    logits, target = logits.cuda().requires_grad_(), target.cuda()
+    expected = ours(logits.detach(), target)
+
+    def step():
+        loss, *_ = kernels.ohem(logits, target, None, size=(128, 128), **DEFAULTS)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step()
+    graph.replay()
+    assert torch.equal(loss.cpu(), expected[0])
+    torch.testing.assert_close(grad.cpu(), expected[1])
