@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .mining import OURS, Habits, Pool, keep_mask, share_of, world_size, world_sum
-from .ops import pixel_cross_entropy
+from .ops import choose_backend, pixel_cross_entropy, triton
 from .presets import preset_settings
 
 Reduction = Literal["none", "mean", "sum"]
@@ -94,9 +94,9 @@ def ohem_cross_entropy(
         align_corners: As in ``torch.nn.functional.interpolate``, when upsampling.
         reduction: 'mean', 'sum', or 'none' for the map with 0 at pixels that are not kept.
         habits: Ways of other implementations, set by the presets.
-        stats: A dict to be filled: the masks 'valid' and 'kept' and the unweighted loss 'mined',
-            each of shape (N, ...), and 'hits', the number of valid pixels whose class has the
-            highest logit. Nothing is read back to the host.
+        stats: A dict to be filled: 'num_valid' and 'hits', the number of valid pixels whose class
+            has the highest logit; and, but for the Triton path, the masks 'valid' and 'kept' and
+            the unweighted loss 'mined', each of shape (N, ...). Nothing is read back to the host.
 
     Returns:
         A scalar, or for ``reduction='none'`` a map of shape (N, ...). It is always connected to
@@ -118,10 +118,45 @@ def ohem_cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
+    if reduction == "sum" and avg_factor is not None:
+        raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
     target = _labels(logits, target)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     valid = target != ignore_index
     _check_classes(target, valid, num_classes, always_keep, class_weight, ignore_index)
+    if weight is not None:
+        weight = _drop_channel(weight, target.dim()).expand_as(target)
+    if (
+        choose_backend(logits) == "triton"
+        and reduction != "none"
+        and pool != "world"
+        and habits == OURS
+    ):
+        # One pass from logits to loss; the maps of `stats` do not exist there.
+        loss, hits, num_valid = triton.ohem(
+            logits,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            size=(target.shape[1], target.shape[2]),
+            align_corners=align_corners,
+            use_sigmoid=use_sigmoid,
+            label_smoothing=label_smoothing,
+            thresh=thresh,
+            min_kept=min_kept,
+            pool=pool,
+            min_kept_per=min_kept_per,
+            always_keep=always_keep,
+            avg=avg,
+            weighted_mean=weighted_mean,
+            avg_factor=avg_factor,
+            class_weight=class_weight,
+            reduction=reduction,
+            with_hits=stats is not None,
+        )
+        if stats is not None and hits is not None:
+            stats.update(hits=hits, num_valid=num_valid)
+        return loss
 
     mined, loss, hits = pixel_cross_entropy(
         logits,
@@ -136,7 +171,7 @@ def ohem_cross_entropy(
     if class_weight is not None:
         scale = class_weight.to(loss)[torch.where(valid, target, 0)]
     if weight is not None:
-        weight = _drop_channel(weight.to(loss), loss.dim()).expand_as(loss)
+        weight = weight.to(loss)
         scale = weight if scale is None else scale * weight
     if scale is not None:
         loss = loss * scale
@@ -154,14 +189,12 @@ def ohem_cross_entropy(
     )
     loss = torch.where(keep, loss, 0)
     if stats is not None and hits is not None:
-        stats.update(valid=valid, kept=keep, mined=mined, hits=hits)
+        stats.update(hits=hits, num_valid=valid.sum(), valid=valid, kept=keep, mined=mined)
 
     if reduction == "none":
         return loss
     total = loss.sum()
     if reduction == "sum":
-        if avg_factor is not None:
-            raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
         return total
     if avg_factor is None:
         pixels = torch.ones_like(keep) if avg == "all" else keep if avg == "kept" else valid

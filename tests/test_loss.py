@@ -11,8 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
-from ohem_mm.ops import BACKENDS
+from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops, reference
 
 SHAPES = [(), (7,), (1, 1), (3, 5), (6, 4), (2, 3, 4)]
 GRAD_TOLERANCE = {
@@ -85,7 +84,7 @@ def problems(draw):
     return logits, target.to(kind), weight, rule
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["portable", "eager"])  # test_triton.py has the third
 def backend(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OHEM_MM_BACKEND", request.param)
@@ -296,6 +295,47 @@ def test_non_finite_logits_reach_the_pixels_around_them_alone(backend, bad):
     loss, grad = value_and_grad(ohem_cross_entropy, logits, target, **rule)
     assert loss.isnan()
     assert grad.isnan().any()
+
+
+def test_backend_by_hand(monkeypatch, caplog):
+    logits, target = batch(1)
+    expected = ohem_cross_entropy(logits, target)
+    monkeypatch.setattr(ops.triton, "available", lambda logits: False)
+    ops._say_once.cache_clear()
+    monkeypatch.setenv("OHEM_MM_BACKEND", "triton")
+    for _ in range(2):
+        assert torch.equal(ohem_cross_entropy(logits, target), expected)
+    assert len(caplog.messages) == 1
+    assert "triton cannot take torch.float32 on cpu; using portable" in caplog.messages[0]
+    monkeypatch.setenv("OHEM_MM_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="one of portable, triton, eager, but got 'cuda'"):
+        ohem_cross_entropy(logits, target)
+
+
+def test_autocast_reaches_neither_pass():
+    logits, _ = batch(1, (2, 3, 6, 5))
+    target = torch.randint(0, 3, (2, 24, 20), generator=torch.Generator().manual_seed(0))
+    expected = value_and_grad(ohem_cross_entropy, logits, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = value_and_grad(ohem_cross_entropy, logits, target)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_number_of_threads_changes_nothing(threads, monkeypatch):
+    monkeypatch.setitem(ops.portable._BAND, "cpu", 200)
+    logits, _ = batch(1, (2, 3, 6, 5))
+    target = torch.randint(0, 3, (2, 24, 20), generator=torch.Generator().manual_seed(0))
+    expected = value_and_grad(ohem_cross_entropy, logits, target)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        result = value_and_grad(ohem_cross_entropy, logits, target)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(result, expected)
 
 
 def test_masked_class_costs_nothing():

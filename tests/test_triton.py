@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter. Triton decides that when 
 ``test_in_the_interpreter`` runs this file once more in a process of its own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ohem_mm import reference
+from ohem_mm import OhemCrossEntropyLoss, reference
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 kernels = pytest.importorskip("ohem_mm.ops.triton")
@@ -58,7 +59,7 @@ def small_tiles(monkeypatch):
 
 def ours(logits, target, weight=None, **rule):
     """The loss, its gradient, and the numbers of hits and of valid pixels."""
-    logits = logits.to(DEVICE).requires_grad_()
+    logits = logits.detach().to(DEVICE, copy=True).requires_grad_()
     rule = DEFAULTS | rule
     weight = None if weight is None else weight.to(DEVICE)
     if rule["class_weight"] is not None:
@@ -71,7 +72,7 @@ def ours(logits, target, weight=None, **rule):
 
 
 def oracle(logits, target, weight=None, **rule):
-    logits = logits.detach().requires_grad_()
+    logits = logits.detach().clone().requires_grad_()
     loss = reference.ohem_cross_entropy(logits, target, weight, **DEFAULTS | rule)
     loss.backward()
     return loss.detach(), logits.grad
@@ -168,7 +169,7 @@ def test_negative_ignore_index():
 def test_rows_that_a_program_walks_down(small_tiles, monkeypatch, walk):
     monkeypatch.setattr(kernels, "_WALK", walk)
     monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", 0)
-    logits, target = batch(3, (2, 6, 6, 5), (15, 11))
+    logits, target = batch(3, (1, 6, 5, 5), (11, 9))
     check(logits, target, thresh=0.9)
 
 
@@ -207,23 +208,29 @@ RULES = {
 
 @runs
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("size", [(6, 5), (8, 11)])
-def test_every_rule_agrees_with_the_oracle(small_tiles, name, size):
-    logits, target = batch(5, (3, 4, 6, 5), size)
+def test_every_rule_agrees_with_the_oracle(small_tiles, name):
+    logits, target = batch(5, (3, 4, 6, 11), (6, 11))
     check(logits, target, **RULES[name])
+
+
+@runs
+@pytest.mark.parametrize("rule", [{"use_sigmoid": False}, {"use_sigmoid": True}])
+def test_smoothing_and_interpolation(rule):
+    logits, target = batch(5, (2, 3, 3, 4), (5, 6))
+    check(logits, target, label_smoothing=0.1, **rule)
 
 
 @runs
 @pytest.mark.parametrize("avg", ["kept", "valid", "all"])
 @pytest.mark.parametrize("weighted_mean", [False, True])
 def test_weights(avg, weighted_mean):
-    logits, target = batch(6, (2, 3, 3, 4), (5, 7))
+    logits, target = batch(6, (2, 3, 5, 7), (5, 7))
     class_weight = torch.tensor([0.5, 2.0, 0.0])
     weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(0))
     rule = {"avg": avg, "weighted_mean": weighted_mean}
     check(logits, target, class_weight=class_weight, **rule)
     check(logits, target, weight, **rule)
-    check(logits, target, weight, class_weight=class_weight, **rule)
+    check(logits[:, :, :3, :4], target, weight, class_weight=class_weight, **rule)
 
 
 @runs
@@ -240,7 +247,9 @@ def test_ties_are_all_kept(pool):
 def problems(draw):
     use_sigmoid = draw(st.booleans())
     channels = draw(st.integers(1 if use_sigmoid else 2, 4))
-    low = (draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    # Not 1: interpolating between a value and itself makes ties, and the oracle's rounding breaks
+    # them.
+    low = (draw(st.integers(2, 4)), draw(st.integers(2, 5)))
     size = (low[0] + draw(st.integers(0, 5)), low[1] + draw(st.integers(0, 5)))
     logits, target = batch(
         draw(st.integers(0, 10**6)),
@@ -272,7 +281,7 @@ def problems(draw):
 
 @runs
 @settings(
-    max_examples=int(os.environ.get("OHEM_MM_EXAMPLES", "12")),
+    max_examples=int(os.environ.get("OHEM_MM_EXAMPLES", "30")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -339,16 +348,18 @@ def test_a_label_that_is_no_class_is_loud_and_stays_in_bounds(use_sigmoid, pool)
 
 
 @runs
-def test_small_losses_keep_their_digits():
-    logits = torch.zeros(1, 2, 3, 3)
-    logits[:, 0] = 12.0
-    check(logits, torch.zeros(1, 6, 6, dtype=torch.long), thresh=None, min_kept=5)
-    check(logits[:, :1], torch.ones(1, 6, 6, dtype=torch.long), min_kept=5, use_sigmoid=True)
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+def test_small_losses_keep_their_digits(use_sigmoid):
+    logits = torch.tensor([12.0, -12.0]).view(1, 2, 1, 1).expand(1, 2, 3, 3)
+    target = torch.zeros(1, 6, 6, dtype=torch.long)
+    rule = {"thresh": None, "min_kept": 5, "use_sigmoid": use_sigmoid}
+    loss, expected = ours(logits, target, **rule)[0], oracle(logits, target, **rule)[0]
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
 
 
 @runs
 def test_two_runs_give_the_same_bits(small_tiles):
-    logits, target = batch(10, (2, 4, 4, 5), (9, 12))
+    logits, target = batch(10, (2, 4, 3, 4), (6, 7))
     first, second = (ours(logits, target, min_kept=0.5, pool="class") for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -359,9 +370,34 @@ def test_second_derivatives_are_refused():
     logits, target = batch(11, (1, 2, 2, 2), (4, 4))
     logits = logits.to(DEVICE).requires_grad_()
     loss, *_ = kernels.ohem(logits, target.to(DEVICE), None, size=(4, 4), **DEFAULTS)
-    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (grad,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@runs
+def test_the_loss_uses_it_on_request(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=generator).to(DEVICE)
+    target = torch.randint(0, 3, (2, 8, 10), generator=generator).to(DEVICE)
+    target[0, :2] = 255
+    calls = []
+    original = kernels.ohem
+    monkeypatch.setattr(
+        kernels, "ohem", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    results = {}
+    for backend in ("portable", "triton"):
+        monkeypatch.setenv("OHEM_MM_BACKEND", backend)
+        leaf, stats = logits.clone().requires_grad_(), {}
+        weight = torch.full((2, 1, 8, 10), 0.5, device=DEVICE)
+        loss = OhemCrossEntropyLoss(min_kept=0.3, class_weight=[1.0, 2.0, 3.0]).to(DEVICE)
+        value = loss(leaf, target, weight, stats=stats)
+        value.backward()
+        counts = stats["hits"].cpu(), stats["num_valid"].cpu()
+        results[backend] = value.detach(), leaf.grad, *counts
+    assert len(calls) == 1
+    torch.testing.assert_close(results["triton"], results["portable"])
 
 
 def test_available():
@@ -492,13 +528,16 @@ def test_the_compiler_takes_every_kernel(monkeypatch, tmp_path, capability):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launches = Launches(monkeypatch)
-    for dtype in TOLERANCE:
-        for classes in (1, 19, 150):
-            rule = {"use_sigmoid": classes == 1, "with_hits": True}
-            dry_run((2, classes, 64, 64), (512, 512), dtype, **rule)
+    combinations = list(itertools.product(TOLERANCE, (1, 19, 150)))
+    # One of each is enough on the older of the two; the whole table takes half a minute.
+    for dtype, classes in combinations if capability == 90 else combinations[::4]:
+        rule = {"use_sigmoid": classes == 1, "with_hits": True}
+        dry_run((2, classes, 64, 64), (512, 512), dtype, **rule)
     dry_run((2, 19, 64, 64), (64, 64), torch.bfloat16, torch.uint8, pool="image")
     dry_run((16, 150, 256, 256), (1024, 1024), kind=torch.int32, pool="class", min_kept=9)
     dry_run((16, 150, 1024, 1024), (1024, 1024), torch.float16)
+    dry_run((1, 2, 1, 1), (4, 3))  # Triton makes a constant of every 1
+    dry_run((1, 1, 1, 1), (1, 1), use_sigmoid=True, min_kept=1, align_corners=True)
     dry_run(
         (2, 150, 48, 48),
         (77, 99),

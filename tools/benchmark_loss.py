@@ -2,8 +2,9 @@
 
 A head step starts from the small logits of a decode head: upsampling, loss, the accuracy `acc_seg`
 that mmseg logs, and the backward pass to the small logits. An iteration is a whole training step
-of a shipped config with random input. All providers get the same input in the same run, their
-repeats are interleaved, and the value of each is checked in float64 before it is timed.
+of a shipped config with random input; only "fused hook" uses the hook there. All providers get the
+same input in the same run, in an order that changes from repeat to repeat, and the value of each is
+checked in float64 before it is timed.
 
     python tools/benchmark_loss.py                                # the device's usual shape
     python tools/benchmark_loss.py --shapes 4x19x512x512/8 --providers portable sampler
@@ -22,9 +23,11 @@ import contextlib
 import csv
 import datetime
 import json
+import logging
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import subprocess
@@ -535,7 +538,6 @@ def network_job(name: str, network: str, shape: Shape, device: str) -> tuple[Job
         need_backend(provider.backend, torch.empty(1, 1, 1, 1, device=device))
     need_mmseg()
     from mmengine.config import Config
-    from mmengine.logging import MMLogger
     from mmengine.model import revert_sync_batchnorm
     from mmengine.optim import build_optim_wrapper
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -555,8 +557,9 @@ def network_job(name: str, network: str, shape: Shape, device: str) -> tuple[Job
         from ohem_mm.hooks.fused import fuse_heads
 
         fuse_heads(model, [])
-    MMLogger.get_instance("benchmark_loss", log_level="WARNING")  # now the current logger
+    logging.disable()  # it would list every parameter
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    logging.disable(logging.NOTSET)
     for group in wrapper.optimizer.param_groups:
         group["lr"] = 0.0  # the work is the same, and all providers keep the same network
 
@@ -595,6 +598,8 @@ class Meter:
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
+        if self.cuda:
+            torch.cuda.set_device(device)
         self.flush = torch.empty(2**28 if self.cuda else 0, dtype=torch.uint8, device=device)
 
     def times(self, job: Job) -> list[float]:
@@ -723,9 +728,11 @@ def measure(
     torch._dynamo.reset()
     jobs, hard = make_jobs(point, args, say)
     times: list[list[list[float]]] = [[] for _ in jobs]
+    order = list(zip(times, jobs, strict=True))
     progress.update(task, total=len(jobs) * (args.warmup + args.repeats))
     for repeat in range(args.warmup + args.repeats):
-        for samples, job in zip(times, jobs, strict=True):
+        random.shuffle(order)  # nobody always runs after the same neighbour
+        for samples, job in order:
             progress.update(task, advance=1, description=f"{title}: {job.provider}")
             sample = meter.times(job)
             job.reset()
@@ -894,7 +901,7 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for (kernel, sweep, shape, device, threads), group in latest(rows).items():
         first = group[0]
-        where = device if "NVIDIA" in device else f"{device}, {threads} threads"
+        where = _where(device, threads)
         shares = [round(100 * json.loads(row["config"])["hard"]) for row in group]
         hard = f"{min(shares)} to {max(shares)}" if len(set(shares)) > 1 else f"{shares[0]}"
         commit = f" ({first['commit']})" if first["commit"] else ""
@@ -911,6 +918,12 @@ def tables(rows: list[Row]) -> str:
                 note, body = "Median ms / peak MiB", _sweep_table(chosen, sweep)
             parts.append(f"{title}; {hard} % of the pixels hard. {about}. {note}.\n\n{body}")
     return "\n\n".join(parts)
+
+
+def _where(device: str, threads: str) -> str:
+    if "NVIDIA" in device:  # there the threads of the CPU hardly matter
+        return device
+    return f"{device}, {threads} thread{'' if threads == '1' else 's'}"
 
 
 def _index(rows: list[Row]) -> dict[tuple[str, bool, str], Row]:
@@ -995,7 +1008,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
         for row in group:
             if row["mode"] == "step":
                 numbers = tuple(float(row[key]) for key in ("x", "p50", "p20", "p80"))
-                lines.setdefault((row["metric"], _label(row)), []).append(numbers)  # type: ignore
+                lines.setdefault((row["metric"], _label(row)), []).append(numbers)
         if sweep == "shape" or not lines:
             continue
         figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -1013,7 +1026,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
             panel.set(xscale="log", yscale="log", xlabel=axis[sweep])
             panel.set_ylabel({"time": "head step, ms", "memory": "peak above input, MiB"}[metric])
             panel.grid(which="both", alpha=0.2)
-        where = device if "NVIDIA" in device else f"{device}, {threads} threads"
+        where = _where(device, threads)
         figure.suptitle(f"Upsampling, loss, acc_seg and backward; {where}", fontsize=10)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -1105,7 +1118,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
         def say(note: str) -> None:
             if note not in said:
                 said.add(note)
-                progress.console.print(note, highlight=False)
+                progress.console.print(note, highlight=False, soft_wrap=True)
 
         for point in progress.track(points, description="points"):
             rows += measure(point, args, meter, progress, say)

@@ -116,7 +116,7 @@ def _fits(loss: nn.Module, head: Any) -> bool:
 def _accuracy(stats: dict[str, Tensor]) -> Tensor:
     """``acc_seg`` in percent, shape (1,), as mmseg computes it, epsilon and all."""
     eps = torch.finfo(torch.float32).eps
-    return ((stats["hits"] + eps) * (100.0 / (stats["valid"].sum() + eps))).float().reshape(1)
+    return ((stats["hits"] + eps) * (100.0 / (stats["num_valid"] + eps))).float().reshape(1)
 
 
 def _plain_loss(head: Any, seg_logits: Tensor, batch_data_samples: Any) -> Losses:

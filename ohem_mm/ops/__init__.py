@@ -5,19 +5,58 @@ Nothing here knows OpenMMLab.
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import triton
 from .eager import full_cross_entropy, wide
 from .portable import banded_cross_entropy
 
-__all__ = ["BACKENDS", "pixel_cross_entropy"]
+__all__ = ["BACKENDS", "choose_backend", "pixel_cross_entropy", "triton"]
 
-BACKENDS = ("portable", "eager")
+BACKENDS = ("portable", "triton", "eager")
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def choose_backend(logits: Tensor) -> str:
+    """The implementation to use for these logits.
+
+    ``portable`` works in bands of rows and never holds the upsampled logits; it is the default for
+    2-D maps. ``eager`` holds them; it is the default for all other shapes and under
+    ``torch.compile``. ``triton`` is the GPU path, by request until it has been measured on one. The
+    environment variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work,
+    one line is logged and another is used.
+
+    Args:
+        logits: Shape (N, C, ...).
+
+    Returns:
+        A name out of ``BACKENDS``.
+
+    Raises:
+        ValueError: ``OHEM_MM_BACKEND`` names no implementation.
+    """
+    wanted = os.environ.get("OHEM_MM_BACKEND", "portable")
+    if wanted not in BACKENDS:
+        raise ValueError(
+            f"OHEM_MM_BACKEND must be one of {', '.join(BACKENDS)}, but got {wanted!r}."
+        )
+    if torch.compiler.is_compiling() or logits.dim() != 4:
+        return "eager"
+    if wanted == "triton" and not triton.available(logits):
+        _say_once(f"OHEM_MM_BACKEND=triton cannot take {logits.dtype} on {logits.device.type}")
+        return "portable"
+    return wanted
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logging.getLogger("ohem_mm").warning("%s; using portable.", reason)
 
 
 def pixel_cross_entropy(
@@ -37,10 +76,6 @@ def pixel_cross_entropy(
     have the size of the labels, NaN there changes neither a value nor a gradient. A non-finite loss
     makes a NaN gradient, so that gradient scalers and anomaly detection see it.
 
-    The environment variable ``OHEM_MM_BACKEND`` chooses the implementation: ``portable`` works in
-    bands of rows and never holds the upsampled logits (the default for 2-D maps); ``eager`` holds
-    them (the default for all other shapes and under ``torch.compile``).
-
     Args:
         logits: Any floating dtype, shape (N, C, ...), spatially at most as large as ``target``.
         target: Any integer dtype, shape (N, ...), in [0, C) where valid ({0, 1} for C = 1 with
@@ -56,17 +91,9 @@ def pixel_cross_entropy(
         ``mined``, the loss without smoothing, detached, for deciding what is hard, and ``loss``,
         which carries the gradient; both have shape (N, ...) and are 0 where not valid. And
         ``hits``, int64, the number of valid pixels whose class has the highest logit, or None.
-
-    Raises:
-        ValueError: ``OHEM_MM_BACKEND`` names no implementation.
     """
-    backend = os.environ.get("OHEM_MM_BACKEND", "portable")
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"OHEM_MM_BACKEND must be one of {', '.join(BACKENDS)}, but got {backend!r}."
-        )
     size = target.shape[1:]
-    if backend == "portable" and len(size) == 2 and not torch.compiler.is_compiling():
+    if choose_backend(logits) != "eager":
         return banded_cross_entropy(
             logits,
             target,

@@ -8,9 +8,12 @@ products, and the result does not depend on the size of the bands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +22,10 @@ from torch.nn import functional as F
 from .eager import one_hot, wide
 
 # Elements of a band. On the CPU it stays in the cache; elsewhere launches cost more than memory.
-_BAND = {"cpu": 2**19}
+_BAND = {"cpu": 2**18}
 _BAND_ELSEWHERE = 2**24
+
+_T = TypeVar("_T")
 
 
 def banded_cross_entropy(
@@ -47,37 +52,35 @@ def banded_cross_entropy(
     Returns:
         ``mined``, ``loss`` and ``hits`` as :func:`ohem_mm.ops.pixel_cross_entropy` returns them.
     """
+    options = _Options(use_sigmoid, label_smoothing, align_corners, count_hits)
     loss, mined, hits = _Banded.apply(  # type: ignore[no-untyped-call]
-        logits, target, valid, use_sigmoid, label_smoothing, align_corners, count_hits
+        logits, target, valid, options
     )
     return mined if label_smoothing else loss.detach(), loss, hits if count_hits else None
+
+
+class _Options(NamedTuple):
+    use_sigmoid: bool
+    smoothing: float
+    align_corners: bool
+    count_hits: bool
 
 
 class _Banded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        valid: Tensor,
-        use_sigmoid: bool,
-        smoothing: float,
-        align_corners: bool,
-        count_hits: bool,
+        ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss = torch.empty(target.shape, dtype=dtype, device=logits.device)
+        smoothing = options.smoothing
+        source = _Source(logits, target.shape[1:], options.align_corners)
+        loss = torch.empty(target.shape, dtype=source.dtype, device=logits.device)
         mined = torch.empty_like(loss) if smoothing else loss.new_empty(0)
-        hits = torch.zeros((), dtype=torch.long, device=logits.device)
-        for n, rows, z, _ in _bands(logits, target, align_corners, poison=True):
+
+        def run(n: int, rows: slice) -> Tensor | int:
+            z = source.band(n, rows, poison=True)
             ok = valid[n, rows]
             labels = torch.where(ok, target[n, rows], 0).long()
-            if count_hits:
-                # A label is at most C - 1, but 1 for one sigmoid channel, whose answer is always 0.
-                true = z.gather(1, labels.clamp(max=z.shape[1] - 1)[:, None]).squeeze(1)
-                hit = (true >= z.amax(1)) & (labels < z.shape[1])
-                hits += (hit & ok).sum()
-            if use_sigmoid:
+            if options.use_sigmoid:
                 hot = one_hot(z, labels)
                 plain = F.binary_cross_entropy_with_logits(z, hot, reduction="none").sum(1)
                 if smoothing:
@@ -91,8 +94,16 @@ class _Banded(torch.autograd.Function):
             loss[n, rows] = torch.where(ok, smooth if smoothing else plain, 0)
             if smoothing:
                 mined[n, rows] = torch.where(ok, plain, 0)
+            if not options.count_hits:
+                return 0
+            # A label is at most C - 1, but 1 for one sigmoid channel, whose answer is always 0.
+            true = z.gather(1, labels.clamp(max=z.shape[1] - 1)[:, None]).squeeze(1)
+            return ((true >= z.amax(1)) & (labels < z.shape[1]) & ok).sum()
+
+        hits = torch.zeros((), dtype=torch.long, device=logits.device)
+        hits += sum(source.for_each_band(run))
         ctx.save_for_backward(logits, target, valid, loss)
-        ctx.options = use_sigmoid, smoothing, align_corners
+        ctx.options = options
         ctx.mark_non_differentiable(mined, hits)
         return loss, mined, hits
 
@@ -100,101 +111,141 @@ class _Banded(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, valid, loss = ctx.saved_tensors
-        use_sigmoid, smoothing, align_corners = ctx.options
-        size, small = target.shape[1:], logits.shape[2:]
-        on_cpu = logits.device.type == "cpu"
+        use_sigmoid, smoothing, align_corners, _ = ctx.options
+        source = _Source(logits, target.shape[1:], align_corners)
         grad = torch.zeros_like(logits, dtype=loss.dtype, memory_format=torch.contiguous_format)
-        columns = None
-        if small != size:
-            columns = _weights(small[1], size[1], align_corners, loss).T
-        for n, rows, z, lerp in _bands(logits, target, align_corners, poison=False):
+        on_cpu = logits.device.type == "cpu"
+
+        def run(n: int, rows: slice) -> tuple[int, slice, Tensor] | None:
             ok, band = valid[n, rows], loss[n, rows]
             # band - band is 0, or NaN where the loss is not finite.
             weight = torch.where(ok, grad_loss[n, rows] + (band - band), 0)
             if on_cpu and not weight.any():
-                continue  # nothing in this band is kept
+                return None  # nothing in this band is kept
+            z = source.band(n, rows, poison=False)
             labels = torch.where(ok, target[n, rows], 0).long()
-            g = _logit_gradient(z, labels, use_sigmoid, smoothing)
+            if use_sigmoid:
+                g = z.sigmoid() - (one_hot(z, labels) * (1 - smoothing) + smoothing / 2)
+            else:
+                g = z.softmax(1)
+                true = g.gather(1, labels[:, None]) - (1 - smoothing)
+                g.scatter_(1, labels[:, None], true)
+                if smoothing:
+                    g -= smoothing / z.shape[1]
             g *= weight[:, None]
-            if lerp is None or columns is None:
+            if not source.upsamples:
                 g.masked_fill_(~ok[:, None], 0)
                 grad[n, :, rows] = g.transpose(0, 1)
-            else:
-                near, mix = lerp
-                part = (mix.T @ g.flatten(1)).view(-1, *g.shape[1:])  # (small rows, C, W)
-                grad[n, :, near] += (part @ columns).transpose(0, 1)
-        return grad.to(logits.dtype), *[None] * 6
+                return None
+            return n, source.near(rows), source.reduce(g, rows)
+
+        # Neighbouring bands share small rows, so their sums are added here, in order.
+        for part in source.for_each_band(run):
+            if part is not None:
+                n, near, low = part
+                grad[n, :, near] += low
+        return grad.to(logits.dtype), None, None, None
 
 
-def _logit_gradient(z: Tensor, labels: Tensor, use_sigmoid: bool, smoothing: float) -> Tensor:
-    """Derivative of each pixel's loss by its logits, (rows, C, W)."""
-    if use_sigmoid:
-        return z.sigmoid() - (one_hot(z, labels) * (1 - smoothing) + smoothing / 2)
-    g = z.softmax(1)
-    true = g.gather(1, labels[:, None]) - (1 - smoothing)
-    g.scatter_(1, labels[:, None], true)
-    if smoothing:
-        g -= smoothing / z.shape[1]
-    return g
-
-
-def _bands(
-    logits: Tensor, target: Tensor, align_corners: bool, poison: bool
-) -> Iterator[tuple[int, slice, Tensor, tuple[slice, Tensor] | None]]:
-    """Walk over the images in bands of rows.
+class _Source:
+    """The logits of a batch, upsampled a band of rows at a time.
 
     A matrix product would spread a logit that is not finite over its whole row and column, as
-    0 * NaN is NaN. So such logits are replaced, and with ``poison`` the pixels that they reach are
-    set to NaN afterwards.
-
-    Yields:
-        The image; the rows of the band; its logits, (rows, C, W); and, when upsampling, the small
-        rows that it mixes and the (rows, small rows) matrix that mixes them.
+    0 * NaN is NaN. So such logits are replaced by 0, and the pixels that they reach are remembered.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    (height, width), (h, w) = target.shape[1:], logits.shape[2:]
-    budget = _BAND.get(logits.device.type, _BAND_ELSEWHERE)
-    step = max(1, budget // max(1, logits.shape[1] * width))
-    scaled = (h, w) != (height, width)
-    if scaled:
-        like = logits.new_empty(0, dtype=dtype)
-        columns = _weights(w, width, align_corners, like)
-        rows_matrix = _weights(h, height, align_corners, like).T
-        near = _support(h, height, align_corners)
-    for n in range(len(target) if target.numel() else 0):
-        if scaled:
-            image = wide(logits[n])
-            broken = ~image.isfinite().all(0)
-            # On the CPU a look is cheap; elsewhere it would stall the queue.
-            reached = None
-            if image.device.type != "cpu" or broken.any():
-                image = image.nan_to_num(0, 0, 0)
-                reached = broken.to(dtype) @ columns
-            image = image.transpose(0, 1)  # (h, C, w)
-        for top in range(0, height, step):
-            rows = slice(top, min(top + step, height))
-            if scaled:
-                used = slice(near[rows.start][0], near[rows.stop - 1][1])
-                mix = rows_matrix[rows, used]
-                # Bands overlap by a small row or two; keeping all rows would cost more memory.
-                wider = image[used] @ columns
-                z = (mix @ wider.flatten(1)).view(-1, *wider.shape[1:])
-                if poison and reached is not None:
-                    z.masked_fill_((mix @ reached[used] > 0)[:, None], torch.nan)
-                yield n, rows, z, (used, mix)
-            else:
-                yield n, rows, wide(logits[n, :, rows]).transpose(0, 1), None
+
+    def __init__(self, logits: Tensor, size: torch.Size, align_corners: bool) -> None:
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.height, self.width = size
+        self.logits = logits
+        self.upsamples = logits.shape[2:] != size
+        self.reached: Tensor | None = None
+        if not self.upsamples or not logits.numel():
+            return
+        h, w = logits.shape[2:]
+        like = logits.new_empty(0, dtype=self.dtype)
+        self.columns = _line(w, self.width, align_corners).to(like)  # (w, W)
+        self.rows = _line(h, self.height, align_corners).T.to(like)  # (H, h)
+        self.support = _support(h, self.height, align_corners)
+        broken = ~logits.isfinite().all(1)
+        # On the CPU a look is cheap; elsewhere it would stall the queue.
+        if logits.device.type != "cpu" or broken.any():
+            self.logits = logits.nan_to_num(0, 0, 0)
+            self.reached = broken.to(self.dtype) @ self.columns  # (N, h, W)
+
+    def near(self, rows: slice) -> slice:
+        """The small rows that a band mixes."""
+        return slice(self.support[rows.start][0], self.support[rows.stop - 1][1])
+
+    def band(self, n: int, rows: slice, poison: bool) -> Tensor:
+        """Logits of a band, (rows, C, W); with ``poison`` NaN where a broken logit reaches."""
+        if not self.upsamples:
+            return wide(self.logits[n, :, rows]).transpose(0, 1)
+        near = self.near(rows)
+        mix = self.rows[rows, near]
+        # Bands overlap by a small row or two; keeping all of them would cost more memory.
+        wider = wide(self.logits[n, :, near]).transpose(0, 1) @ self.columns
+        z = (mix @ wider.flatten(1)).view(-1, *wider.shape[1:])
+        if poison and self.reached is not None:
+            z.masked_fill_((mix @ self.reached[n, near] > 0)[:, None], torch.nan)
+        return z
+
+    def reduce(self, g: Tensor, rows: slice) -> Tensor:
+        """The transpose of :meth:`band`: (rows, C, W) to (C, small rows, w)."""
+        mix = self.rows[rows, self.near(rows)]
+        part = (mix.T @ g.flatten(1)).view(-1, *g.shape[1:])
+        return (part @ self.columns.T).transpose(0, 1)
+
+    def for_each_band(self, run: Callable[[int, slice], _T]) -> list[_T]:
+        """Call ``run`` for every band of every image; results in order."""
+        kind = self.logits.device.type
+        images, channels = self.logits.shape[:2]
+        if not images * self.height * self.width:
+            return []
+        budget = _BAND.get(kind, _BAND_ELSEWHERE)
+        step = max(1, budget // max(1, channels * self.width))
+        bands = [
+            (n, slice(top, min(top + step, self.height)))
+            for n in range(images)
+            for top in range(0, self.height, step)
+        ]
+
+        def guarded(band: tuple[int, slice]) -> _T:
+            # Both are states of a thread, and the threads of the pool have their own.
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
+                return run(*band)
+
+        threads = torch.get_num_threads()
+        if kind != "cpu" or threads == 1 or len(bands) == 1:
+            return [guarded(band) for band in bands]
+        return list(_pool(threads, os.getpid()).map(guarded, bands))
 
 
-def _weights(small: int, big: int, align_corners: bool, like: Tensor) -> Tensor:
-    """Matrix (small, big) that interpolates a line, in the dtype and on the device of ``like``."""
-    return _line(small, big, align_corners).to(like)
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that each run torch's operators on one core.
+
+    A band is so small that torch's own threads would wait for each other after every operator, and
+    for long where another process, such as a data loader, takes one of their cores.
+    """
+    ready = threading.Barrier(threads)
+
+    def settle() -> None:
+        torch.get_num_threads()  # a thread takes over the global number at its first question
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, "ohem_mm", initializer=settle)
+    list(pool.map(lambda _: None, range(threads)))
+    torch.set_num_threads(threads)  # for everybody else
+    return pool
 
 
 @lru_cache(maxsize=64)
 def _line(small: int, big: int, align_corners: bool) -> Tensor:
+    """Matrix (small, big), float64 on the CPU, that interpolates a line."""
     # Interpolating the identity gives torch's own weights, whatever the scale.
-    unit = torch.eye(small, dtype=torch.float64)[None]
+    unit = torch.eye(small, dtype=torch.float64, device="cpu")[None]
     return F.interpolate(unit, size=big, mode="linear", align_corners=align_corners)[0]
 
 

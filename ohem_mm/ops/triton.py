@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Upsampling, cross-entropy, mining and their gradient on the GPU, without full-size logits.
 
-What is kept for each output pixel is two float32 maps, the loss and the log of the normaliser; its
-C logits are interpolated from the four surrounding low-resolution ones where they are needed, once
-in each direction. Nothing is read back to the host, and no result depends on the order in which
-programs run: atomics are used on integer histograms alone.
+What is stored for each output pixel is two float32 maps, the loss and the log of the normaliser.
+Its C logits are interpolated from the four surrounding low-resolution ones where they are needed,
+and again in the backward pass. Nothing is read back to the host, and no result depends on the order
+in which programs run: atomics are used on integer histograms alone.
 
 Vocabulary: output pixel (y, x) has its source between low-resolution rows ``i`` and ``i + 1``; all
 pixels whose source has the same integer part form a *cell*. Positions are computed in integers, as
@@ -46,6 +46,8 @@ _BLOCK, _PROGRAMS = 1024, 1024
 _BINS = 2048
 # Newer releases of Triton turn it off unless asked.
 _OPTIONS = {"enable_fp_fusion": True}
+# Releases of Triton before this one do not compile these kernels.
+_OLDEST = (3, 4)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -63,6 +65,8 @@ def available(logits: Tensor) -> bool:
         return False
     if not isinstance(_forward, triton.JITFunction):
         return True
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+        return False
     return logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (8, 0)
 
 
@@ -142,7 +146,8 @@ def _forward(
     # A program takes a strip of columns of one row of cells: there the four corners of a column do
     # not change from row to row. `full`: logits are as large as labels; nothing is interpolated.
     stride_n, stride_c, stride_y, stride_x = strides
-    (low_h, low_w), (size_h, size_w) = low, size
+    low_h, low_w = low
+    size_h, size_w = size
     block_x, block_y = tl.program_id(0), tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     # Without the hint, the compiler loads four pixels a thread, and then moves each class's logits
@@ -162,7 +167,7 @@ def _forward(
     below = tl.minimum(block_y + 1, low_h - 1).to(tl.int64) * stride_y
     above = block_y.to(tl.int64) * stride_y
 
-    correct = tl.zeros([rows, cols], tl.int32)
+    correct = tl.full([rows, cols], 0, tl.int32)
     for y_first in range(y_begin, y_end, rows):
         y = y_first + tl.arange(0, rows)
         inside = (y < y_end)[:, None] & inside_x[None, :]
@@ -177,10 +182,10 @@ def _forward(
 
         # `rest` is the sum of exp(z - best) over all classes but the best one so far.
         best = tl.full([rows, cols], -3.4e38, tl.float32)
-        rest = tl.zeros([rows, cols], tl.float32)
+        rest = tl.full([rows, cols], 0.0, tl.float32)
         true_z = tl.full([rows, cols], float("nan"), tl.float32)
-        sum_z = tl.zeros([rows, cols], tl.float32)
-        arg = tl.zeros([rows, cols], tl.int32)
+        sum_z = tl.full([rows, cols], 0.0, tl.float32)
+        arg = tl.full([rows, cols], 0, tl.int32)
         plane = logits
         for c in range(classes):
             if full:
@@ -277,15 +282,15 @@ def _count_digits(
             found = tl.load(prefix + mine)
         end = tl.where(found >= 0, pixels, 0)
 
-    counts = tl.zeros([bins], tl.int32)
-    hard_here = tl.zeros([groups_up], tl.int32)
-    hard_mine = tl.zeros([block], tl.int32)
+    counts = tl.full([bins], 0, tl.int32)
+    hard_here = tl.full([groups_up], 0, tl.int32)
+    hard_mine = tl.full([block], 0, tl.int32)
     for start in range(part * block, end, tl.num_programs(0) * block):
         place = start + tl.arange(0, block)
         value = tl.load(loss + place, mask=place < pixels, other=-1.0)
         alive = ~(value < 0)
         bits = _rank_bits(value)
-        group = tl.zeros([block], tl.int32)
+        group = tl.full([block], 0, tl.int32)
         if pool == "class":
             label = tl.load(target + place, mask=alive, other=0)
             group = tl.where((label >= 0) & (label < groups), label, 0).to(tl.int32)
@@ -378,9 +383,9 @@ def _select(
     # Decide what is kept, sum it, and replace each loss in place by the factor of its gradient.
     part, image = tl.program_id(0), tl.program_id(1)
     first = image.to(tl.int64) * pixels
-    total = tl.zeros([block], tl.float32)
-    divisor = tl.zeros([block], tl.float32)
-    count = tl.zeros([block], tl.float32)
+    total = tl.full([block], 0.0, tl.float32)
+    divisor = tl.full([block], 0.0, tl.float32)
+    count = tl.full([block], 0.0, tl.float32)
     for start in range(part * block, pixels, tl.num_programs(0) * block):
         place = start + tl.arange(0, block)
         inside = place < pixels
@@ -389,7 +394,7 @@ def _select(
         valid = ~(value < 0)
         bits = _rank_bits(value)
         keep = valid & ((value > limit) | (bits == 0x7F800000))
-        label = tl.zeros([block], tl.int32)
+        label = tl.full([block], 0, tl.int32)
         if (pool == "class" and floor) or has_class_weight or num_always > 0:
             label = tl.load(target + place, mask=valid, other=0)
             # A label that is no class has a NaN loss already; here it must only stay in bounds.
@@ -442,9 +447,9 @@ def _finish(
 ):
     # One program adds what the others left, in a fixed order.
     every = tl.arange(0, block)
-    total = tl.zeros([block], tl.float64)
-    below = tl.zeros([block], tl.float64)
-    count = tl.zeros([block], tl.float64)
+    total = tl.full([block], 0.0, tl.float64)
+    below = tl.full([block], 0.0, tl.float64)
+    count = tl.full([block], 0.0, tl.float64)
     for start in range(0, programs, block):
         at = start + every
         mask = at < programs
@@ -456,13 +461,13 @@ def _finish(
     elif divide_by == "tensor":
         by = tl.load(avg_factor).to(tl.float64)
     else:
-        by = given.to(tl.float64)
+        by = tl.cast(given, tl.float64)
     by = tl.where(by > 0, by, 1.0)
     tl.store(loss, (tl.sum(total, 0) / by).to(tl.float32))
     tl.store(divisor, by.to(tl.float32))
     tl.store(num_valid, tl.sum(count, 0).to(tl.int64))
     if with_hits:
-        correct = tl.zeros([block], tl.int64)
+        correct = tl.full([block], 0, tl.int64)
         for start in range(0, hit_programs, block):
             at = start + every
             correct += tl.load(hits + at, mask=at < hit_programs, other=0).to(tl.int64)
@@ -470,13 +475,6 @@ def _finish(
 
 
 # --- backward ------------------------------------------------------------------------------------
-
-
-@_jit
-def _pixel_gradient(z, normaliser, factor, hot, sharp, even, sigmoid: tl.constexpr):
-    # Gradient of the smoothed loss. Where the factor is 0 nothing is looked at, not even NaN.
-    p = tl.sigmoid(z) if sigmoid else tl.exp(z - normaliser)
-    return tl.where(factor != 0, factor * (p - tl.where(hot, sharp + even, even)), 0.0)
 
 
 @_jit
@@ -499,7 +497,8 @@ def _backward_full(
     rows: tl.constexpr,
     cols: tl.constexpr,
 ):
-    # Logits of the size of the labels: a tile of pixels, all classes.
+    # Logits of the size of the labels: a tile of pixels, all classes. Where the factor is 0, the
+    # gradient is 0 whatever was read, even NaN.
     stride_n, stride_c, stride_y, stride_x = strides
     grad_n, grad_c, grad_y, grad_x = grad_strides
     size_h, size_w = size
@@ -521,7 +520,8 @@ def _backward_full(
     for c in range(classes):
         z = tl.load(logits, mask=inside, other=0.0).to(tl.float32)
         hot = (label == c) if labels == classes else (label == 1)
-        g = _pixel_gradient(z, norm, k, hot, sharp, even, sigmoid)
+        p = 1.0 / (1.0 + tl.exp(-z)) if sigmoid else tl.exp(z - norm)
+        g = tl.where(k != 0, k * (p - tl.where(hot, sharp + even, even)), 0.0)
         tl.store(grad, g.to(grad.dtype.element_ty), mask=inside)
         logits += stride_c
         grad += grad_c
@@ -563,7 +563,8 @@ def _backward(
     # first column and row of cells of each is the overlap that is computed twice.
     stride_n, stride_c, stride_y, stride_x = strides
     grad_n, grad_c, grad_y, grad_x = grad_strides
-    (low_h, low_w), (size_h, size_w) = low, size
+    low_h, low_w = low
+    size_h, size_w = size
     block_x = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     class_blocks = tl.cdiv(classes, class_tile)
@@ -577,6 +578,10 @@ def _backward(
     x_begin = _begin(cell, axis_x, size_w)
     x_end = tl.where(inside, _begin(cell + 1, axis_x, size_w), x_begin)
     width = tl.max(x_end - x_begin, 0)
+    # Weight of the right column at the i-th pixel of a cell: _source() without its division.
+    x_step, x_start, x_parts = axis_x
+    x_offset = x_step * x_begin + x_start - x_parts * cell
+    x_scale = tl.where(cell < low_w - 1, 1.0, 0.0) / x_parts
 
     # 64-bit to the tile, 32-bit within it. Classes and cells outside repeat the last one inside;
     # no pixel is theirs, and nothing is stored for them.
@@ -589,18 +594,18 @@ def _backward(
     mine = (c < classes)[:, None] & (inside & (lane > 0))[None, :]
     out = local[:, None] * grad_c + cell[None, :] * grad_x
     first = (lane == 0)[None, :] & (c >= 0)[:, None]
-    shift = tl.maximum(lane - 1, 0)[None, :] + tl.zeros([class_tile, cells], tl.int32)
+    shift = tl.maximum(lane - 1, 0)[None, :] + tl.full([class_tile, cells], 0, tl.int32)
 
     step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
-    carry = tl.zeros([class_tile, cells], tl.float32)
+    carry = tl.full([class_tile, cells], 0.0, tl.float32)
     for r in range(walk + 1):
         row = first_row - 1 + r
         above = tl.minimum(tl.maximum(row, 0), low_h - 1).to(tl.int64) * stride_y
         below = tl.minimum(row + 1, low_h - 1).to(tl.int64) * stride_y
         upper_left = carry
-        upper_right = tl.zeros([class_tile, cells], tl.float32)
-        lower_left = tl.zeros([class_tile, cells], tl.float32)
-        lower_right = tl.zeros([class_tile, cells], tl.float32)
+        upper_right = tl.full([class_tile, cells], 0.0, tl.float32)
+        lower_left = tl.full([class_tile, cells], 0.0, tl.float32)
+        lower_right = tl.full([class_tile, cells], 0.0, tl.float32)
         y_end = _begin(row + 1, axis_y, size_h)
         for y in range(_begin(row, axis_y, size_h), y_end):
             _cell_y, weight_y = _source(y, axis_y, low_h - 1)
@@ -612,8 +617,8 @@ def _backward(
             z0 = z00 + weight_y * (z10 - z00)
             slope = z01 + weight_y * (z11 - z01) - z0
             line = (image * size_h + y) * size_w
-            sum_all = tl.zeros([class_tile, cells], tl.float32)
-            sum_right = tl.zeros([class_tile, cells], tl.float32)
+            sum_all = tl.full([class_tile, cells], 0.0, tl.float32)
+            sum_right = tl.full([class_tile, cells], 0.0, tl.float32)
             for i in range(width):
                 x = x_begin + i
                 here = x < x_end
@@ -621,7 +626,7 @@ def _backward(
                 k = tl.where(k != 0, k * step, 0.0)
                 # Most pixels are not kept: skip the classes where none of these is.
                 if tl.max((k != 0).to(tl.int32), 0) > 0:
-                    _cell_x, weight_x = _source(x, axis_x, low_w - 1)
+                    weight_x = tl.maximum(x_offset + x_step * i, 0).to(tl.float32) * x_scale
                     label = tl.load(target + line + x, mask=here, other=0).to(tl.int32)
                     norm = k
                     if not sigmoid:
@@ -629,7 +634,9 @@ def _backward(
                     z = z0 + weight_x[None, :] * slope
                     true_class = c if labels == classes else c + 1
                     hot = label[None, :] == true_class[:, None]
-                    g = _pixel_gradient(z, norm[None, :], k[None, :], hot, sharp, even, sigmoid)
+                    p = 1.0 / (1.0 + tl.exp(-z)) if sigmoid else tl.exp(z - norm[None, :])
+                    g = k[None, :] * (p - tl.where(hot, sharp + even, even))
+                    g = tl.where((k != 0)[None, :], g, 0.0)
                     sum_all += g
                     sum_right += weight_x[None, :] * g
             sum_left = sum_all - sum_right
