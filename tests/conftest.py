@@ -11,3 +11,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ohem_mm")
+
+# timm imports torchvision, whose operators do not load beside a torch of another build (CPU and
+# CUDA). timm needs none of them; torchvision only wants to see that they are declared.
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")  # lives as long as this module
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

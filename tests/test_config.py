@@ -7,7 +7,7 @@ import pytest
 from ohem_mm import config
 from ohem_mm.config import UnknownConfigError, config_path, list_configs
 
-NAME = "quickstart/unet-tiny_1xb8-ohem-1k_scenes-96x192"
+NAME = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,9 @@ def test_existing_file_wins_over_a_shipped_one(tmp_path):
 @pytest.mark.parametrize(
     ("typo", "nearest"),
     [
-        ("quickstart/unet-tiny_1xb8-ohm-1k_scenes-96x192", NAME),
-        ("unet-tiny_1xb8-ohem-1k_scenes-96x192.py", NAME),  # the folder is missing
-        ("ohem_mm::quikstart/unet-tiny_1xb8-ohem-1k_scenes-96x192", NAME),
+        ("quickstart/unet-tiny_1xb4-ohm-1k_scenes-96x192", NAME),
+        ("unet-tiny_1xb4-ohem-1k_scenes-96x192.py", NAME),  # the folder is missing
+        ("ohem_mm::quikstart/unet-tiny_1xb4-ohem-1k_scenes-96x192", NAME),
         ("chase_db1/unet", "chase_db1/unet-s5-d16_fcn_4xb4-40k_chase-db1-128x128"),
         ("tools/tran.py", "tools/train.py"),
     ],

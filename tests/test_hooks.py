@@ -159,7 +159,7 @@ def test_heads_that_are_left_alone(reason):
 
 
 def train(work_dir, hooks):
-    cfg = Config.fromfile(config_path("quickstart/unet-tiny_1xb8-ohem-1k_scenes-96x192"))
+    cfg = Config.fromfile(config_path("quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"))
     cfg.merge_from_dict(
         {
             "work_dir": str(work_dir),

@@ -40,7 +40,7 @@ def test_plain_torch_example_runs():
 def test_config_example_builds(tmp_path):
     mmengine = pytest.importorskip("mmengine")
     (example,) = (block for block in blocks("python") if "custom_imports" in block)
-    base = config_path("quickstart/unet-tiny_1xb8-1k_scenes-96x192")
+    base = config_path("quickstart/unet-tiny_1xb4-1k_scenes-96x192")
     path = tmp_path / "config.py"
     path.write_text(f"_base_ = {str(base)!r}\n{example}")
     loss = mmengine.Config.fromfile(path).model.decode_head.loss_decode

@@ -22,8 +22,8 @@ from mmengine.logging import HistoryBuffer
 
 from ohem_mm import cli
 
-CE = "quickstart/unet-tiny_1xb8-1k_scenes-96x192"
-OHEM = "quickstart/unet-tiny_1xb8-ohem-1k_scenes-96x192"
+CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
+OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
 CHASE = "chase_db1/unet-s5-d16_fcn_4xb4-ohem-40k_chase-db1-128x128"
 DDRNET = "ddrnet/ddrnet_23-slim_in1k-pre_2xb6-ohem-120k_cityscapes-1024x1024"
 SHORT = ["train_cfg.val_interval=1000", "default_hooks.logger.interval=1"]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
+
+# On a CPU, torch's threads spin while they wait for each other. Beside a data loader that takes the
+# core of the one they wait for; OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ohem_mm import cli
 

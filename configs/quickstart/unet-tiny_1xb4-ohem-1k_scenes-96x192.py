@@ -1,5 +1,5 @@
-_base_ = "./unet-tiny_1xb8-1k_scenes-96x192.py"
-# min_kept as a share: at least 1/16 of the valid pixels of the batch (about 9000 of 8 x 96 x 192).
+_base_ = "./unet-tiny_1xb4-1k_scenes-96x192.py"
+# min_kept as a share: at least 1/16 of the valid pixels of the batch (about 4600 of 4 x 96 x 192).
 model = dict(
     decode_head=dict(loss_decode=dict(type="OhemCrossEntropyLoss", thresh=0.7, min_kept=1 / 16))
 )
