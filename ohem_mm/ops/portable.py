@@ -184,8 +184,9 @@ class _Source:
         near = self.near(rows)
         mix = self.rows[rows, near]
         # Bands overlap by a small row or two; keeping all of them would cost more memory.
-        wider = wide(self.logits[n, :, near]).transpose(0, 1) @ self.columns
-        z = (mix @ wider.flatten(1)).view(-1, *wider.shape[1:])
+        small = wide(self.logits[n, :, near]).transpose(0, 1)  # (small rows, C, w)
+        wider = small.reshape(-1, small.shape[2]) @ self.columns
+        z = (mix @ wider.view(len(small), -1)).view(-1, small.shape[1], self.width)
         if poison and self.reached is not None:
             z.masked_fill_((mix @ self.reached[n, near] > 0)[:, None], torch.nan)
         return z
@@ -193,8 +194,8 @@ class _Source:
     def reduce(self, g: Tensor, rows: slice) -> Tensor:
         """The transpose of :meth:`band`: (rows, C, W) to (C, small rows, w)."""
         mix = self.rows[rows, self.near(rows)]
-        part = (mix.T @ g.flatten(1)).view(-1, *g.shape[1:])
-        return (part @ self.columns.T).transpose(0, 1)
+        part = (mix.T @ g.flatten(1)).view(-1, self.width) @ self.columns.T
+        return part.view(mix.shape[1], g.shape[1], -1).transpose(0, 1)
 
     def for_each_band(self, run: Callable[[int, slice], _T]) -> list[_T]:
         """Call ``run`` for every band of every image; results in order."""
