@@ -8,6 +8,9 @@ from ohem_mm.config import config_path
 
 pytest.importorskip("mmseg")
 
+from mmcv.transforms import LoadImageFromFile
+from mmseg.datasets.transforms import LoadAnnotations
+
 from ohem_mm.cli import UserError
 from ohem_mm.datasets.camvid import PALETTE, CamVidDataset
 
@@ -72,7 +75,8 @@ def test_the_dataset_reads_it(camvid, clone, out):
     dataset = CamVidDataset(
         data_root=str(out),
         data_prefix=dict(img_path="img_dir/train", seg_map_path="ann_dir/train"),
-        pipeline=[dict(type="mmseg.LoadImageFromFile"), dict(type="mmseg.LoadAnnotations")],
+        # Classes, not names: another test in this process may have changed the scope.
+        pipeline=[dict(type=LoadImageFromFile), dict(type=LoadAnnotations)],
     )
     assert len(dataset) == 3
     label = dataset[0]["gt_seg_map"]
