@@ -87,7 +87,7 @@ def keep_mask(
     keep = valid & rank.isinf()
     if thresh is not None:
         keep = keep | (valid & (rank > -math.log(thresh)))
-    if min_kept and rank.numel():
+    if min_kept:
         keep = keep | _below_floor(
             rank, target, valid, keep, num_classes, min_kept, pool, min_kept_per, habits
         )

@@ -24,8 +24,9 @@ RULES = [
         "class_weight": torch.tensor([0.2, 1.0, 3.0]),
     },
 ]
-# Sizes of the batches of up to three ranks, and whether the second rank has valid pixels.
-SIZES = [(2, 2, 2), (1, 3, 2)]
+# Sizes of the batches of up to three ranks, and whether the second rank has valid pixels. An empty
+# batch must not leave the other ranks waiting.
+SIZES = [(2, 2, 2), (1, 3, 2), (2, 0, 1)]
 
 
 def problem(sizes, second_is_ignored):

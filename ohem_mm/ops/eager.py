@@ -43,20 +43,7 @@ class _PixelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, use_sigmoid: bool, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        z = wide(logits)
-        if use_sigmoid:
-            onehot = one_hot(z, target)
-            mined = F.binary_cross_entropy_with_logits(z, onehot, reduction="none").sum(1)
-            loss = mined
-            if smoothing:
-                soft = onehot * (1 - smoothing) + smoothing / 2
-                loss = F.binary_cross_entropy_with_logits(z, soft, reduction="none").sum(1)
-        else:
-            log_p = z.log_softmax(1)
-            mined = -log_p.gather(1, target[:, None]).squeeze(1)
-            loss = mined
-            if smoothing:
-                loss = (1 - smoothing) * mined - smoothing * log_p.mean(1)
+        mined, loss = losses(wide(logits), target, use_sigmoid, smoothing)
         loss = torch.where(valid, loss, 0)
         mined = torch.where(valid, mined, 0)
         ctx.save_for_backward(logits, target, valid, loss)
@@ -68,19 +55,42 @@ class _PixelCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, valid, loss = ctx.saved_tensors
-        z, s = wide(logits), ctx.smoothing
-        if ctx.use_sigmoid:
-            grad = z.sigmoid() - (one_hot(z, target) * (1 - s) + s / 2)
-        else:
-            grad = z.softmax(1)
-            true = grad.gather(1, target[:, None]) - (1 - s)
-            grad.scatter_(1, target[:, None], true)
-            if s:
-                grad -= s / z.shape[1]
+        grad = logit_gradient(wide(logits), target, ctx.use_sigmoid, ctx.smoothing)
         # loss - loss is 0, or NaN where the loss is not finite.
         grad *= (grad_loss + (loss - loss))[:, None]
         grad.masked_fill_(~valid[:, None], 0)
         return grad.to(logits.dtype), None, None, None, None
+
+
+def losses(z: Tensor, target: Tensor, use_sigmoid: bool, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Each pixel's loss without smoothing, and with it; the same tensor where there is none.
+
+    Dimension 1 of ``z`` holds the channels, and ``target`` has the other dimensions.
+    """
+    if use_sigmoid:
+        hot = _one_hot(z, target)
+        mined = F.binary_cross_entropy_with_logits(z, hot, reduction="none").sum(1)
+        if not smoothing:
+            return mined, mined
+        soft = hot * (1 - smoothing) + smoothing / 2
+        return mined, F.binary_cross_entropy_with_logits(z, soft, reduction="none").sum(1)
+    log_p = z.log_softmax(1)
+    mined = -log_p.gather(1, target[:, None]).squeeze(1)
+    if not smoothing:
+        return mined, mined
+    return mined, (1 - smoothing) * mined - smoothing * log_p.mean(1)
+
+
+def logit_gradient(z: Tensor, target: Tensor, use_sigmoid: bool, smoothing: float) -> Tensor:
+    """Derivative of each pixel's smoothed loss by its logits, a new tensor shaped as ``z``."""
+    if use_sigmoid:
+        return z.sigmoid() - (_one_hot(z, target) * (1 - smoothing) + smoothing / 2)
+    grad = z.softmax(1)
+    true = grad.gather(1, target[:, None]) - (1 - smoothing)
+    grad.scatter_(1, target[:, None], true)
+    if smoothing:
+        grad -= smoothing / z.shape[1]
+    return grad
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -88,7 +98,7 @@ def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def one_hot(z: Tensor, target: Tensor) -> Tensor:
+def _one_hot(z: Tensor, target: Tensor) -> Tensor:
     """Binary targets in the shape of ``z``, whose dimension 1 holds the channels."""
     if z.shape[1] == 1:
         return target[:, None].to(z.dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .eager import one_hot, wide
+from .eager import logit_gradient, losses, wide
 
 # Elements of a band. On the CPU it stays in the cache; elsewhere launches cost more than memory.
 _BAND = {"cpu": 2**18}
@@ -80,18 +80,8 @@ class _Banded(torch.autograd.Function):
             z = source.band(n, rows, poison=True)
             ok = valid[n, rows]
             labels = torch.where(ok, target[n, rows], 0).long()
-            if options.use_sigmoid:
-                hot = one_hot(z, labels)
-                plain = F.binary_cross_entropy_with_logits(z, hot, reduction="none").sum(1)
-                if smoothing:
-                    hot = hot * (1 - smoothing) + smoothing / 2
-                    smooth = F.binary_cross_entropy_with_logits(z, hot, reduction="none").sum(1)
-            else:
-                log_p = z.log_softmax(1)
-                plain = -log_p.gather(1, labels[:, None]).squeeze(1)
-                if smoothing:
-                    smooth = (1 - smoothing) * plain - smoothing * log_p.mean(1)
-            loss[n, rows] = torch.where(ok, smooth if smoothing else plain, 0)
+            plain, smooth = losses(z, labels, options.use_sigmoid, smoothing)
+            loss[n, rows] = torch.where(ok, smooth, 0)
             if smoothing:
                 mined[n, rows] = torch.where(ok, plain, 0)
             if not options.count_hits:
@@ -124,14 +114,7 @@ class _Banded(torch.autograd.Function):
                 return None  # nothing in this band is kept
             z = source.band(n, rows, poison=False)
             labels = torch.where(ok, target[n, rows], 0).long()
-            if use_sigmoid:
-                g = z.sigmoid() - (one_hot(z, labels) * (1 - smoothing) + smoothing / 2)
-            else:
-                g = z.softmax(1)
-                true = g.gather(1, labels[:, None]) - (1 - smoothing)
-                g.scatter_(1, labels[:, None], true)
-                if smoothing:
-                    g -= smoothing / z.shape[1]
+            g = logit_gradient(z, labels, use_sigmoid, smoothing)
             g *= weight[:, None]
             if not source.upsamples:
                 g.masked_fill_(~ok[:, None], 0)
