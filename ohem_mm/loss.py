@@ -59,7 +59,7 @@ def ohem_cross_entropy(
     align_corners: bool = False,
     reduction: Reduction = "mean",
     habits: Habits = OURS,
-    stats: dict[str, Tensor] | None = None,
+    stats: dict[str, Any] | None = None,
 ) -> Tensor:
     """Cross-entropy over the hard pixels.
 
@@ -95,8 +95,10 @@ def ohem_cross_entropy(
         reduction: 'mean', 'sum', or 'none' for the map with 0 at pixels that are not kept.
         habits: Ways of other implementations, set by the presets.
         stats: A dict to be filled: 'num_valid' and 'hits', the number of valid pixels whose class
-            has the highest logit; and, but for the Triton path, the masks 'valid' and 'kept' and
-            the unweighted loss 'mined', each of shape (N, ...). Nothing is read back to the host.
+            has the highest logit; and the masks 'valid' and 'kept' and the unweighted loss 'mined',
+            each of shape (N, ...). The Triton path has no such maps: where it would be used, they
+            are filled only if the key 'kept' is there already, and another path is used then.
+            Nothing is read back to the host.
 
     Returns:
         A scalar, or for ``reduction='none'`` a map of shape (N, ...). It is always connected to
@@ -122,15 +124,17 @@ def ohem_cross_entropy(
         raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
     target = _labels(logits, target)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
+    target = _wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
     _check_classes(target, valid, num_classes, always_keep, class_weight, ignore_index)
     if weight is not None:
         weight = _drop_channel(weight, target.dim()).expand_as(target)
     if (
-        choose_backend(logits) == "triton"
+        choose_backend(logits, use_sigmoid) == "triton"
         and reduction != "none"
         and pool != "world"
         and habits == OURS
+        and not (stats and "kept" in stats)
     ):
         # One pass from logits to loss; the maps of `stats` do not exist there.
         loss, hits, num_valid = triton.ohem(
@@ -169,7 +173,7 @@ def ohem_cross_entropy(
     )
     scale = None
     if class_weight is not None:
-        scale = class_weight.to(loss)[torch.where(valid, target, 0)]
+        scale = class_weight.to(loss)[torch.where(valid, target, 0).long()]
     if weight is not None:
         weight = weight.to(loss)
         scale = weight if scale is None else scale * weight
@@ -339,7 +343,7 @@ class OhemCrossEntropyLoss(nn.Module):
         ignore_index: int | None = None,
         reduction_override: Reduction | None = None,
         align_corners: bool | None = None,
-        stats: dict[str, Tensor] | None = None,
+        stats: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Compute the loss, called as heads of mmseg and mmdet call theirs.
@@ -513,13 +517,13 @@ def _drop_channel(value: Tensor, dim: int) -> Tensor:
 
 
 def _labels(logits: Tensor, target: Tensor) -> Tensor:
-    """Check types and shapes; return the labels as int64 of shape (N, ...)."""
+    """Check types and shapes; return the labels in shape (N, ...)."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, but got {logits.dtype}.")
     if target.is_floating_point() or target.is_complex():
         raise TypeError(f"target must hold integer class indices, but got {target.dtype}.")
     shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
-    target = _drop_channel(target, max(1, logits.dim() - 1)).long()
+    target = _drop_channel(target, max(1, logits.dim() - 1))
     if logits.dim() < 2 or target.dim() != logits.dim() - 1 or len(logits) != len(target):
         raise ValueError(f"Expected logits (N, C, ...) and target (N, ...), but got {shapes}.")
     size = target.shape[1:]
@@ -528,6 +532,15 @@ def _labels(logits: Tensor, target: Tensor) -> Tensor:
     if logits.shape[2:] != size and len(size) > 3:
         raise ValueError(f"Only 1-D to 3-D maps can be upsampled, but got {shapes}.")
     return target
+
+
+def _wide_enough(target: Tensor, *values: int) -> Tensor:
+    """The labels as they came, for a copy costs memory; int64 if their dtype lacks a value."""
+    if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        held = torch.iinfo(target.dtype)
+        if all(held.min <= value <= held.max for value in values):
+            return target
+    return target.long()
 
 
 def _check_classes(

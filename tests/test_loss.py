@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,6 +313,46 @@ def test_backend_by_hand(monkeypatch, caplog):
         ohem_cross_entropy(logits, target)
 
 
+@pytest.mark.parametrize("trouble", [None, "finds another gradient than portable"])
+@pytest.mark.parametrize("wanted", [None, "triton"])
+def test_gpu_takes_triton_after_a_trial(monkeypatch, caplog, trouble, wanted):
+    monkeypatch.delenv("OHEM_MM_BACKEND", raising=False)
+    if wanted:
+        monkeypatch.setenv("OHEM_MM_BACKEND", wanted)
+    monkeypatch.setattr(ops.triton, "available", lambda logits: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    trials = []
+    monkeypatch.setattr(ops.triton, "trial", lambda *what: trials.append(what) or trouble)
+    ops._trial.cache_clear()
+    ops._say_once.cache_clear()
+    logits = SimpleNamespace(
+        is_cuda=True,
+        dim=lambda: 4,
+        dtype=torch.float16,
+        device=torch.device("cuda", 0),
+        shape=(1, 7, 2, 2),
+    )
+    for _ in range(2):
+        assert ops.choose_backend(logits) == ("portable" if trouble else "triton")
+    assert trials == [(torch.device("cuda", 0), torch.float16, 7, False)]
+    assert caplog.messages == ([f"triton {trouble}; using portable."] if trouble else [])
+    ops._trial.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool])
+@pytest.mark.parametrize("ignore_index", [255, -100, 1])
+@pytest.mark.parametrize("pool", ["batch", "class"])
+def test_labels_of_any_integer_dtype(dtype, ignore_index, pool):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=generator)
+    target = torch.randint(0, 2, (2, 8, 10), generator=generator).to(dtype)
+    options = {"ignore_index": ignore_index, "pool": pool, "class_weight": torch.arange(1.0, 4)}
+    stats = {}
+    result = ohem_cross_entropy(logits, target, stats=stats, **options)
+    assert torch.equal(result, ohem_cross_entropy(logits, target.long(), **options))
+    assert stats["num_valid"] == (target.long() != ignore_index).sum()
+
+
 def test_autocast_reaches_neither_pass():
     logits, _ = batch(1, (2, 3, 6, 5))
     target = torch.randint(0, 3, (2, 24, 20), generator=torch.Generator().manual_seed(0))
@@ -599,6 +640,7 @@ def test_avg_factor_does_not_go_with_sum():
 def test_imports_with_torch_alone():
     code = """
 import sys
+from types import SimpleNamespace
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in ('mmengine', 'mmcv', 'mmseg', 'numpy', 'cv2', 'PIL'):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ohem_mm import OhemCrossEntropyLoss, reference
+from ohem_mm.ops import choose_backend
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 kernels = pytest.importorskip("ohem_mm.ops.triton")
@@ -381,6 +382,9 @@ def test_the_loss_uses_it_on_request(monkeypatch):
     logits = torch.randn(2, 3, 4, 5, generator=generator).to(DEVICE)
     target = torch.randint(0, 3, (2, 8, 10), generator=generator).to(DEVICE)
     target[0, :2] = 255
+    assert choose_backend(logits) == "portable" or DEVICE == "cuda"
+    monkeypatch.setenv("OHEM_MM_BACKEND", "triton")
+    assert choose_backend(logits) == "triton"  # and has tried it
     calls = []
     original = kernels.ohem
     monkeypatch.setattr(
@@ -398,6 +402,38 @@ def test_the_loss_uses_it_on_request(monkeypatch):
         results[backend] = value.detach(), leaf.grad, *counts
     assert len(calls) == 1
     torch.testing.assert_close(results["triton"], results["portable"])
+    stats = {"kept": None}
+    OhemCrossEntropyLoss()(logits, target, stats=stats)
+    assert len(calls) == 1, "the maps were wanted, which the kernels do not have"
+    assert stats["kept"].shape == target.shape
+
+
+@runs
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("channels", "use_sigmoid"), [(1, True), (4, True), (5, False)])
+def test_trial_passes(dtype, channels, use_sigmoid):
+    assert kernels.trial(torch.device(DEVICE), dtype, channels, use_sigmoid) is None
+
+
+@runs
+def test_trial_finds_what_is_wrong(monkeypatch):
+    def trial():
+        return kernels.trial(torch.device(DEVICE), torch.float32, 3, False)
+
+    def replace(name, change):
+        original = getattr(kernels, name)
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(kernels, name, lambda *args: change(original(*args)))
+            return trial()
+
+    def fail(_):
+        raise RuntimeError("PassManager::run failed")
+
+    assert "finds a loss of" in replace("_mine", lambda out: (out[0] * 1.01, *out[1:]))
+    assert "finds another gradient" in replace("_run_backward", lambda grad: grad.roll(1, 0))
+    assert "counts other hits" in replace("_mine", lambda out: (*out[:2], out[2] + 1, out[3]))
+    assert "fails on" in replace("_run_backward", fail)
+    assert "PassManager" in replace("_mine", fail)
 
 
 def test_available():

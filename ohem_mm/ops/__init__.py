@@ -23,17 +23,19 @@ BACKENDS = ("portable", "triton", "eager")
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def choose_backend(logits: Tensor) -> str:
+def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
     """The implementation to use for these logits.
 
-    ``portable`` works in bands of rows and never holds the upsampled logits; it is the default for
-    2-D maps. ``eager`` holds them; it is the default for all other shapes and under
-    ``torch.compile``. ``triton`` is the GPU path, by request until it has been measured on one. The
-    environment variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work,
-    one line is logged and another is used.
+    ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
+    has to agree with ``portable`` on two small batches there. ``portable`` works in bands of rows
+    and never holds the upsampled logits; it is the default for 2-D maps elsewhere. ``eager`` holds
+    them; it is the default for all other shapes and under ``torch.compile``. The environment
+    variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work, one line is
+    logged and another is used.
 
     Args:
         logits: Shape (N, C, ...).
+        use_sigmoid: Whether the loss is binary cross-entropy.
 
     Returns:
         A name out of ``BACKENDS``.
@@ -41,17 +43,32 @@ def choose_backend(logits: Tensor) -> str:
     Raises:
         ValueError: ``OHEM_MM_BACKEND`` names no implementation.
     """
-    wanted = os.environ.get("OHEM_MM_BACKEND", "portable")
-    if wanted not in BACKENDS:
+    wanted = os.environ.get("OHEM_MM_BACKEND")
+    if wanted is not None and wanted not in BACKENDS:
         raise ValueError(
             f"OHEM_MM_BACKEND must be one of {', '.join(BACKENDS)}, but got {wanted!r}."
         )
     if torch.compiler.is_compiling() or logits.dim() != 4:
         return "eager"
-    if wanted == "triton" and not triton.available(logits):
-        _say_once(f"OHEM_MM_BACKEND=triton cannot take {logits.dtype} on {logits.device.type}")
+    if wanted is None:
+        wanted = "triton" if logits.is_cuda and triton.available(logits) else "portable"
+    if wanted != "triton":
+        return wanted
+    if not triton.available(logits):
+        trouble: str | None = f"cannot take {logits.dtype} on {logits.device.type}"
+    elif logits.is_cuda and torch.cuda.is_current_stream_capturing():
+        trouble = None  # a trial would end the capture; the warm-up before it was one
+    else:
+        trouble = _trial(logits.device, logits.dtype, logits.shape[1], use_sigmoid)
+    if trouble:
+        _say_once(f"triton {trouble}")
         return "portable"
-    return wanted
+    return "triton"
+
+
+@cache
+def _trial(device: torch.device, dtype: torch.dtype, channels: int, sigmoid: bool) -> str | None:
+    return triton.trial(device, dtype, channels, sigmoid)
 
 
 @cache
@@ -93,7 +110,7 @@ def pixel_cross_entropy(
         ``hits``, int64, the number of valid pixels whose class has the highest logit, or None.
     """
     size = target.shape[1:]
-    if choose_backend(logits) != "eager":
+    if choose_backend(logits, use_sigmoid) != "eager":
         return banded_cross_entropy(
             logits,
             target,

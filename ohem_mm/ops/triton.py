@@ -21,6 +21,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..mining import keep_mask
+from .portable import banded_cross_entropy
+
 try:
     import triton
     import triton.language as tl
@@ -68,6 +71,77 @@ def available(logits: Tensor) -> bool:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
         return False
     return logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (8, 0)
+
+
+def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: bool) -> str | None:
+    """Compare the kernels with the portable path on two small batches, one of them upsampled.
+
+    Compilers and drivers differ; a wrong gradient would go unnoticed for long.
+
+    Args:
+        device: Where to run.
+        dtype: Of the logits: float16, bfloat16 or float32.
+        channels: Number of channels of the logits.
+        use_sigmoid: Binary cross-entropies.
+
+    Returns:
+        What is wrong, to be put behind the name of the path, or None.
+    """
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-3)
+    share, thresh, size = 0.25, 0.7, (16, 20)
+    labels = max(2, channels) if use_sigmoid else channels
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(labels, (2, *size), generator=generator)
+    target[0, :3] = 255
+    target, valid = target.to(device), (target != 255).to(device)
+    for low in ((4, 5), size):
+        start = 2 * torch.randn(2, channels, *low, generator=generator)
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast(device.type, enabled=False),
+            ):
+                logits = start.to(device, dtype).requires_grad_()
+                loss, hits, _ = ohem(
+                    logits,
+                    target,
+                    None,
+                    ignore_index=255,
+                    size=size,
+                    align_corners=False,
+                    use_sigmoid=use_sigmoid,
+                    label_smoothing=0.0,
+                    thresh=thresh,
+                    min_kept=share,
+                    pool="batch",
+                    min_kept_per="batch",
+                    always_keep=(),
+                    avg="kept",
+                    weighted_mean=False,
+                    avg_factor=None,
+                    class_weight=None,
+                    reduction="mean",
+                    with_hits=True,
+                )
+                (grad,) = torch.autograd.grad(loss, logits)
+                mined, pixels, expected_hits = banded_cross_entropy(
+                    logits, target, valid, use_sigmoid=use_sigmoid, count_hits=True
+                )
+                keep = keep_mask(mined, target, valid, labels, thresh=thresh, min_kept=share)
+                expected = pixels[keep].mean()
+                (expected_grad,) = torch.autograd.grad(expected, logits)
+            loss, expected = loss.detach(), expected.detach()
+            scale = tolerance * float(expected_grad.abs().max())
+            if not torch.isclose(loss, expected, rtol=tolerance):
+                return f"finds a loss of {float(loss)} instead of {float(expected)}"
+            if not torch.allclose(grad, expected_grad, rtol=tolerance, atol=scale):
+                return "finds another gradient than portable"
+            if hits is None or expected_hits is None or int(hits) != int(expected_hits):
+                return "counts other hits than portable"
+        except Exception as error:  # whatever the compiler or the driver raises
+            return f"fails on {device} ({type(error).__name__}: {str(error).splitlines()[:1]})"
+    return None
 
 
 # --- positions -----------------------------------------------------------------------------------
