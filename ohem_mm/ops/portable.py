@@ -24,6 +24,8 @@ from .eager import logit_gradient, losses, wide
 # Elements of a band. On the CPU it stays in the cache; elsewhere launches cost more than memory.
 _BAND = {"cpu": 2**18}
 _BAND_ELSEWHERE = 2**24
+# Rows of a band at least: each band repeats the column interpolation of a small row or two.
+_ROWS = 12
 
 _T = TypeVar("_T")
 
@@ -187,7 +189,7 @@ class _Source:
         if not images * self.height * self.width:
             return []
         budget = _BAND.get(kind, _BAND_ELSEWHERE)
-        step = max(1, budget // max(1, channels * self.width))
+        step = max(_ROWS, budget // max(1, channels * self.width))
         bands = [
             (n, slice(top, min(top + step, self.height)))
             for n in range(images)
