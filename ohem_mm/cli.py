@@ -40,6 +40,7 @@ __all__ = [
     "UserError",
     "add_common_arguments",
     "allow_mmengine_checkpoints",
+    "apply_options",
     "build_runner",
     "check_amp_device",
     "check_checkpoint",
@@ -125,7 +126,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UserError(
             "this config needs mmsegmentation; install it with: pip install 'ohem-mm[mmseg]'"
         )
-    _apply_options(cfg, args.cfg_options)
+    apply_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -168,7 +169,12 @@ def type_name(node: Any) -> str:
 # --- --cfg-options ---------------------------------------------------------------------------
 
 
-def _apply_options(cfg: Config, options: dict[str, Any]) -> None:
+def apply_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Merge ``--cfg-options`` (dotted keys or nested dicts) into the config, and check the keys.
+
+    Raises:
+        UserError: A key does not fit the config.
+    """
     for key in options:
         _check_option(cfg, key)
     old_root = cfg.get("data_root")

@@ -24,7 +24,8 @@ from mmseg import registry
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from ohem_mm import OhemCrossEntropyLoss
+from ohem_mm import OhemCrossEntropyLoss, cli
+from ohem_mm.benchmark import load_benchmark
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
@@ -94,6 +95,7 @@ MINING: dict[str, list[tuple[str, str, float]]] = {
     "bisenetv2/bisenetv2_fcn": BISENETV2,
     "camvid/bisenetv2_fcn": BISENETV2,
     "camvid/efficientnet-lite0_segformer-head": [("decode_head", "SegformerHead", 1.0)],
+    "camvid/efficientnet-lite0-frozen_segformer-head": [("decode_head", "SegformerHead", 1.0)],
     "stdc/stdc1_in1k-pre": [
         ("decode_head", "FCNHead", 1.0),
         ("auxiliary_head.0", "FCNHead", 1.0),
@@ -126,6 +128,7 @@ MINING: dict[str, list[tuple[str, str, float]]] = {
         ("decode_head", "FCNHead", 1.0),
         ("auxiliary_head", "FCNHead", 0.4),
     ],
+    "chase_db1/unet-thin_fcn": [("decode_head", "FCNHead", 1.0)],
     "quickstart/unet-tiny": [("decode_head", "FCNHead", 1.0)],
 }
 POSITIONAL = {
@@ -187,6 +190,13 @@ def expected_heads(path: Path) -> dict[str, Head]:
     return heads
 
 
+BENCHMARKS = sorted(
+    path
+    for path in CONFIGS.rglob("*.yaml")
+    if path.name not in ("metafile.yaml", "model-index.yaml")
+)
+
+
 def load(path: Path) -> Config:
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
@@ -195,7 +205,7 @@ def load(path: Path) -> Config:
 
 def missing_timm(cfg: Config) -> str:
     """Why the backbone cannot be built here, or ''."""
-    if cfg.model.backbone.type.split(".")[-1] != "TIMMBackbone":
+    if not any(cli.type_name(node) == "TIMMBackbone" for _, node in cli.iter_dicts(cfg.model)):
         return ""
     try:
         importlib.import_module("timm")
@@ -204,17 +214,18 @@ def missing_timm(cfg: Config) -> str:
     return ""
 
 
-def build_heads(cfg: Config) -> dict[str, nn.Module]:
+def build_heads(cfg: Config, heads_alone: bool = False) -> dict[str, nn.Module]:
     """The heads of the model that the config builds, by their path in it."""
     model = cfg.copy().model
     built: Any
-    if missing_timm(cfg):
-        built = {key: model[key] for key in ("decode_head", "auxiliary_head") if key in model}
+    if missing_timm(cfg) or heads_alone:
+        built = {key: model.get(key) for key in ("decode_head", "auxiliary_head")}
         built = {
             key: nn.ModuleList(map(MODELS.build, value))
             if isinstance(value, list)
             else MODELS.build(value)
             for key, value in built.items()
+            if value is not None
         }
     else:
         segmentor = MODELS.build(model)
@@ -297,10 +308,14 @@ def test_a_config_that_sets_models_instead_of_model_is_caught(key: str, tmp_path
     assert describe_all(load(broken)) == expected_heads(plain_twin(path)) != expected_heads(path)
 
 
+# The last two: one channel instead of two, for the losses that want it.
+LOSS_KEYS = ("loss_decode", "sampler", "out_channels", "threshold")
+
+
 def without_loss(cfg: Config) -> dict[str, Any]:
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("loss_decode", "sampler")}
+            return {k: strip(v) for k, v in value.items() if k not in LOSS_KEYS}
         return [strip(item) for item in value] if isinstance(value, list | tuple) else value
 
     plain = cfg.to_dict()
@@ -371,6 +386,66 @@ def test_everything_around_the_model_builds(path: Path) -> None:
         registry.PARAM_SCHEDULERS.build(scheduler, default_args={"optimizer": wrapper})
     ends = [scheduler.get("end") for scheduler in schedulers]
     assert ends[-1] == cfg.train_cfg.max_iters
+
+
+def variant_configs(path: Path) -> dict[str, Config]:
+    """The config of each variant of a benchmark file."""
+    benchmark = load_benchmark(str(path))
+    configs = {}
+    for name, variant in benchmark.variants.items():
+        cfg = load(CONFIGS / variant.config)
+        for options in (benchmark.cfg_options, *variant.cfg_options):
+            cli.apply_options(cfg, options)
+        configs[name] = cfg
+    return configs
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in BENCHMARKS if p.parent.name != "quickstart"], ids=label
+)
+def test_benchmark_variants_train_with_what_they_are_named_after(path: Path) -> None:
+    configs = variant_configs(path)
+    around = without_loss(configs["ce"])
+    for name, cfg in configs.items():
+        assert without_loss(cfg) == around, name
+        height, width = cfg.model.data_preprocessor.size
+        for head in build_heads(cfg, heads_alone=True).values():
+            loss, sampler = head.loss_decode, head.sampler
+            if name.startswith(("ours", "hrnet", "thresh=")):
+                assert isinstance(loss, OhemCrossEntropyLoss), name
+                assert sampler is None
+                assert ("schedule" in name) == ("OhemScheduleHook" in str(cfg.custom_hooks))
+            else:
+                assert type(loss).__name__ == "CrossEntropyLoss", name
+                assert (sampler is not None) == name.startswith("sampler"), name
+            if sampler is not None:
+                assert sampler.min_kept == height * width // 16
+                assert sampler.thresh == (None if "topk" in name else 0.7)
+            if name == "hrnet":
+                assert loss.preset == "hrnet"
+                assert loss.min_kept == cfg.train_dataloader.batch_size * height * width // 12
+            elif name.startswith("thresh="):
+                settings = dict(item.split("=") for item in name.split(","))
+                assert f"{loss.thresh}" == settings["thresh"]
+                assert f"{loss.min_kept:.3g}" == settings["min_kept"]
+                assert loss.avg == settings["avg"]
+            elif name.startswith("ours"):
+                pool = name[5:] if name[5:] in ("class", "image") else "batch"
+                assert (loss.thresh, loss.min_kept, loss.pool, loss.avg) == (
+                    0.7,
+                    1 / 16,
+                    pool,
+                    "kept",
+                )
+            assert (
+                head.loss_decode.use_sigmoid
+                == (head.out_channels == 1)
+                == ("bce" in name or "sigmoid" in name)
+            )
+    steps = [s for s in cfg.train_dataloader.dataset.pipeline if s.type in ("Resize", "RandomCrop")]
+    size = steps[-1].get("crop_size") or steps[-1].scale[::-1]
+    assert tuple(size) == (height, width)
+    assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
 
 
 def samples(height: int, width: int, classes: int) -> list[SegDataSample]:

@@ -1,0 +1,60 @@
+# A thin U-Net, small enough for a CPU: 0.03 M parameters, three scales, one head.
+_base_ = [
+    "../_base_/models/unet-s5-d16_fcn.py",
+    "../_base_/datasets/chase_db1.py",
+    "../_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["ohem_mm"], allow_failed_imports=False)
+randomness = dict(seed=0)
+norm_cfg = dict(type="BN", requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(128, 128), test_cfg=dict(size_divisor=4)),
+    backbone=dict(
+        base_channels=8,
+        num_stages=3,
+        strides=(1, 1, 1),
+        enc_num_convs=(2, 2, 2),
+        dec_num_convs=(2, 2),
+        downsamples=(True, True),
+        enc_dilations=(1, 1, 1),
+        dec_dilations=(1, 1),
+        norm_cfg=norm_cfg,
+    ),
+    decode_head=dict(
+        in_channels=8, in_index=2, channels=8, num_convs=0, dropout_ratio=0, norm_cfg=norm_cfg
+    ),
+    auxiliary_head=None,
+    test_cfg=dict(_delete_=True, mode="whole"),
+)
+# Crops from the image as it is: scaling 20 images of a megapixel by random factors would take longer
+# than training on the crops.
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomCrop", crop_size=(128, 128), cat_max_ratio=1.0),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="RandomFlip", prob=0.5, direction="vertical"),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
+    dict(type="PolyLR", power=0.9, eta_min=0, by_epoch=False, begin=50, end=1000),
+]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+default_hooks = dict(checkpoint=dict(interval=250, max_keep_ckpts=1))

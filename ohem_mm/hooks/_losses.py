@@ -1,0 +1,44 @@
+"""The losses that the hooks look after, by the names under which they are logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from ..loss import OhemCrossEntropyLoss
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The model inside DistributedDataParallel and the like."""
+    while is_model_wrapper(model):
+        model = model.module
+    inner: nn.Module = model
+    return inner
+
+
+def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
+    """Every :class:`OhemCrossEntropyLoss` of a model.
+
+    Args:
+        model: A segmentor, or any other model; wrapped or not.
+
+    Returns:
+        The losses by name, in the order of the model. The name is that of the head
+        (``decode_head``, ``auxiliary_head.0``); where a head has several of these losses, their
+        places in its list are appended (``decode_head.1``). Outside decode heads it is the name of
+        the loss module.
+    """
+    found: dict[str, dict[str, OhemCrossEntropyLoss]] = {}
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, OhemCrossEntropyLoss):
+            head, _, place = name.partition("loss_decode")
+            if not _ or place.count(".") > 1:
+                head, place = name, ""
+            found.setdefault(head.rstrip("."), {})[place] = module
+    return {
+        head + (place if len(losses) > 1 else "") or "loss": loss
+        for head, losses in found.items()
+        for place, loss in losses.items()
+    }

@@ -1,0 +1,326 @@
+"""Change ``thresh`` and ``min_kept`` while training."""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+
+from ..loss import OhemCrossEntropyLoss, check_settings
+from ._losses import ohem_losses
+
+__all__ = ["OhemScheduleHook"]
+
+Number = int | float
+
+# What a piece of each type says: required keys, then optional ones.
+_KEYS = {
+    "constant": (("value",), ("begin",)),
+    "linear": (("end",), ("begin", "start", "stop")),
+    "cosine": (("end",), ("begin", "start", "stop")),
+    "step": (("values", "milestones"), ("begin",)),
+}
+
+
+class _Piece(NamedTuple):
+    """From ``start`` at ``begin`` to ``stop`` at ``end``; None is the loss's own setting."""
+
+    begin: int
+    end: int
+    start: Number | None
+    stop: Number | None
+    cosine: bool = False
+
+
+@HOOKS.register_module()
+class OhemScheduleHook(Hook):  # type: ignore[misc]
+    """Change ``thresh`` and ``min_kept`` of every :class:`ohem_mm.OhemCrossEntropyLoss`.
+
+    A schedule is a list of pieces (one piece may stand without the list). Times are iterations
+    that are done, or epochs with ``by_epoch``. A piece is one of::
+
+        dict(type='constant', value=0.8, begin=0)
+        dict(type='linear', start=0.95, stop=0.7, begin=0, end=4000)
+        dict(type='cosine', start=0.95, stop=0.7, begin=0, end=4000)
+        dict(type='step', values=[0.9, 0.8, 0.7], milestones=[1000, 2000], begin=0)
+
+    ``begin`` is 0 unless given. ``start`` and ``stop``, where left out, are the setting that the
+    loss was built with. Before its first piece a setting is as the loss was built; after a piece
+    it stays at the value reached until the next piece begins. Between two ints ``min_kept`` stays
+    an int (pixels), between two floats a float (share).
+
+    Values depend on the iteration (epoch) alone, so a resumed training goes on where it was. They
+    are set before each iteration and written to the message hub, and so to the log, as
+    ``train/ohem/<head>/thresh`` and ``train/ohem/<head>/min_kept``. When training ends, the losses
+    get back the settings that they were built with.
+
+    Args:
+        thresh: Schedule of ``thresh``. None: not scheduled.
+        min_kept: Schedule of ``min_kept``. None: not scheduled.
+        warmup: Number of iterations (epochs with ``by_epoch``) at the start during which nothing is
+            mined: all valid pixels are kept, whatever the schedules say. The loss is then plain
+            cross-entropy, averaged as the loss's ``avg`` says, by default over the valid pixels.
+        by_epoch: Count epochs instead of iterations. Needs an epoch-based training loop.
+
+    Raises:
+        ValueError: On times or values out of range, a piece that is not understood, or nothing to
+            do. Once training starts, also on a schedule that does not fit the setting of a loss.
+        TypeError: On a schedule, time or value of the wrong type.
+
+    Example:
+        >>> custom_hooks = [
+        ...     dict(
+        ...         type='OhemScheduleHook',
+        ...         thresh=dict(type='linear', start=0.95, stop=0.7, begin=500, end=4000),
+        ...         warmup=500,
+        ...     )
+        ... ]
+    """
+
+    # Before hooks of normal priority, which then see the settings in effect.
+    priority = "ABOVE_NORMAL"
+
+    def __init__(
+        self,
+        thresh: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        min_kept: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        warmup: int = 0,
+        by_epoch: bool = False,
+    ) -> None:
+        self.schedules = {
+            setting: _parse(setting, pieces)
+            for setting, pieces in (("thresh", thresh), ("min_kept", min_kept))
+            if pieces is not None
+        }
+        self.warmup = _time("warmup", warmup)
+        self.by_epoch = by_epoch
+        if not self.schedules and not self.warmup:
+            raise ValueError("OhemScheduleHook has nothing to do: give thresh, min_kept or warmup.")
+        self._losses: dict[str, OhemCrossEntropyLoss] = {}
+        self._own: dict[str, dict[str, Any]] = {}
+        self._logged: dict[str, Any] = {}
+
+    def before_train(self, runner: Any) -> None:
+        """Find the losses, check the schedules against them and the training, and set them."""
+        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise ValueError(
+                "OhemScheduleHook has by_epoch=True, but this training counts iterations only; "
+                "use by_epoch=False or an EpochBasedTrainLoop."
+            )
+        self._losses = ohem_losses(runner.model)
+        self._own = {
+            name: {"thresh": loss.thresh, "min_kept": loss.min_kept}
+            for name, loss in self._losses.items()
+        }
+        self._logged = {}
+        if not self._losses:
+            runner.logger.warning(
+                "OhemScheduleHook: the model has no OhemCrossEntropyLoss; nothing is scheduled."
+            )
+        for name, own in self._own.items():
+            for setting, pieces in self.schedules.items():
+                for piece in pieces:
+                    _check_piece(name, setting, piece, own[setting])
+        self._warn_of_the_unreachable(runner)
+        self._apply(self._now(runner))
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any | None = None) -> None:
+        """Set the losses for this iteration, and log what changed."""
+        self._apply(self._now(runner))
+        for name, loss in self._losses.items():
+            for setting in ("thresh", "min_kept"):
+                value = getattr(loss, setting)
+                key = f"train/ohem/{name}/{setting}"
+                scheduled = self.warmup or setting in self.schedules
+                # The log shows the latest value, so one that stays need not be written again.
+                if scheduled and value is not None and self._logged.get(key) != value:
+                    runner.message_hub.update_scalar(key, value)
+                    self._logged[key] = value
+
+    def after_train(self, runner: Any) -> None:
+        """Give the losses back the settings that they were built with."""
+        for name, loss in self._losses.items():
+            loss.thresh, loss.min_kept = self._own[name]["thresh"], self._own[name]["min_kept"]
+
+    def _now(self, runner: Any) -> int:
+        return int(runner.epoch if self.by_epoch else runner.iter)
+
+    def _apply(self, time: int) -> None:
+        for name, loss in self._losses.items():
+            settings = dict(self._own[name])
+            for setting, pieces in self.schedules.items():
+                settings[setting] = _value(pieces, time, settings[setting])
+            if time < self.warmup:
+                settings = {"thresh": 1.0, "min_kept": 1.0}
+            loss.thresh, loss.min_kept = settings["thresh"], settings["min_kept"]
+
+    def _warn_of_the_unreachable(self, runner: Any) -> None:
+        last, unit = (
+            (runner.max_epochs, "epoch") if self.by_epoch else (runner.max_iters, "iteration")
+        )
+        if self.warmup >= last:
+            runner.logger.warning(
+                f"OhemScheduleHook: warmup={self.warmup} lasts for the whole training of {last} "
+                f"{unit}s, so nothing is ever mined; use a smaller warmup."
+            )
+        for setting, pieces in self.schedules.items():
+            piece = pieces[-1]
+            if piece.begin >= last:
+                runner.logger.warning(
+                    f"OhemScheduleHook: the last piece of {setting} begins at {unit} "
+                    f"{piece.begin}, but training ends at {last}; it has no effect."
+                )
+            elif piece.end > last:
+                runner.logger.warning(
+                    f"OhemScheduleHook: the schedule of {setting} ends at {unit} {piece.end}, but "
+                    f"training ends at {last}; its last value is not reached."
+                )
+
+
+def _parse(setting: str, pieces: Any) -> list[_Piece]:
+    """Check a schedule as it stands in the config; return its pieces in order."""
+    if isinstance(pieces, Mapping):
+        pieces = [pieces]
+    if isinstance(pieces, str) or not isinstance(pieces, Sequence):
+        raise TypeError(f"{setting} must be a list of dicts (pieces), but got {pieces!r}.")
+    if not pieces:
+        raise ValueError(f"{setting} must have at least one piece, but got {pieces!r}.")
+    out: list[_Piece] = []
+    for index, given in enumerate(pieces):
+        where = f"{setting}[{index}]"
+        new = _parse_piece(setting, where, given)
+        if out and (new[0].begin < out[-1].end or new[0].begin <= out[-1].begin):
+            raise ValueError(
+                f"{where}: begin must not lie before the end of the piece before it "
+                f"({out[-1].end}), nor two pieces begin at once, but got {new[0].begin}."
+            )
+        out += new
+    return out
+
+
+def _parse_piece(setting: str, where: str, given: Any) -> list[_Piece]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{where} must be a dict, but got {given!r}.")
+    kind = given.get("type")
+    if kind not in _KEYS:
+        raise ValueError(f"{where}: type must be one of {', '.join(_KEYS)}, but got {kind!r}.")
+    required, optional = _KEYS[kind]
+    allowed = (*required, *optional)
+    for key in given:
+        if key not in ("type", *allowed):
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{where}: type {kind!r} has no key {key!r}.{hint} It has {', '.join(allowed)}."
+            )
+    for key in required:
+        if key not in given:
+            raise ValueError(f"{where}: type {kind!r} needs {key!r}.")
+    begin = _time(f"{where}: begin", given.get("begin", 0))
+
+    if kind == "constant":
+        value = _checked(setting, where, given["value"])
+        return [_Piece(begin, begin, value, value)]
+    if kind == "step":
+        values, milestones = given["values"], given["milestones"]
+        for key, sequence in (("values", values), ("milestones", milestones)):
+            if isinstance(sequence, str) or not isinstance(sequence, Sequence):
+                raise TypeError(f"{where}: {key} must be a list, but got {sequence!r}.")
+        if len(values) != len(milestones) + 1:
+            raise ValueError(
+                f"{where}: values must be one more than milestones, but got {len(values)} and "
+                f"{len(milestones)}."
+            )
+        times = [begin, *(_time(f"{where}: milestones", time) for time in milestones)]
+        if any(a >= b for a, b in itertools.pairwise(times)):
+            raise ValueError(
+                f"{where}: milestones must grow and lie after begin ({begin}), but got "
+                f"{list(milestones)!r}."
+            )
+        values = [_checked(setting, where, value) for value in values]
+        return [_Piece(t, t, value, value) for t, value in zip(times, values, strict=True)]
+    end = _time(f"{where}: end", given["end"])
+    if end <= begin:
+        raise ValueError(f"{where}: end must lie after begin ({begin}), but got {end}.")
+    start, stop = (
+        None if given.get(key) is None else _checked(setting, where, given[key])
+        for key in ("start", "stop")
+    )
+    if start is None and stop is None:
+        raise ValueError(f"{where}: type {kind!r} needs 'start' or 'stop'.")
+    if setting == "min_kept" and None not in (start, stop) and type(start) is not type(stop):
+        raise ValueError(
+            f"{where}: start and stop must both be ints (pixels) or both be floats (shares), but "
+            f"got {start!r} and {stop!r}."
+        )
+    return [_Piece(begin, end, start, stop, kind == "cosine")]
+
+
+def _time(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, but got {value!r}.")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, but got {value!r}.")
+    return value
+
+
+def _checked(setting: str, where: str, value: Any) -> Number:
+    """A value of ``thresh`` or ``min_kept`` that the loss accepts."""
+    if value is None:
+        raise TypeError(f"{where}: a schedule needs numbers, but got None.")
+    settings: dict[str, Any] = {"thresh": None, "min_kept": 0, setting: value}
+    try:
+        check_settings(
+            **settings,
+            pool="batch",
+            min_kept_per="batch",
+            always_keep=(),
+            avg="kept",
+            reduction="mean",
+            label_smoothing=0.0,
+            ignore_index=None,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    number: Number = value
+    return number
+
+
+def _check_piece(name: str, setting: str, piece: _Piece, own: Number | None) -> None:
+    """Whether the setting that a loss was built with can stand in for a missing end."""
+    start = own if piece.start is None else piece.start
+    stop = own if piece.stop is None else piece.stop
+    if start is None or stop is None:
+        raise ValueError(
+            f"OhemScheduleHook: {name} has {setting}=None, which has no numbers between; give "
+            "both start and stop."
+        )
+    if setting == "min_kept" and type(start) is not type(stop):
+        raise ValueError(
+            f"OhemScheduleHook: {name} has min_kept={own!r}, but the schedule leads from {start!r} "
+            f"to {stop!r}; use pixels (int) or shares (float) for both."
+        )
+
+
+def _value(pieces: list[_Piece], time: int, own: Any) -> Any:
+    """The value of a schedule; ``own`` is the setting that the loss was built with."""
+    index = bisect.bisect_right(pieces, time, key=lambda piece: piece.begin) - 1
+    if index < 0:
+        return own
+    piece = pieces[index]
+    start = own if piece.start is None else piece.start
+    stop = own if piece.stop is None else piece.stop
+    if time >= piece.end or start == stop:
+        return stop
+    done = (time - piece.begin) / (piece.end - piece.begin)
+    if piece.cosine:
+        done = (1 - math.cos(math.pi * done)) / 2
+    value = start + (stop - start) * done
+    return round(value) if isinstance(stop, int) and isinstance(start, int) else value

@@ -1,0 +1,457 @@
+"""OhemMonitorHook: the values against the oracle, where they are written, and when it warns."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("mmseg")
+
+from mmengine.logging import MessageHub
+from mmengine.runner import LogProcessor
+from test_schedule import history, logs, train
+from torch import nn
+
+from ohem_mm import OhemCrossEntropyLoss
+from ohem_mm.cli import allow_mmengine_checkpoints
+from ohem_mm.hooks import OhemMonitorHook
+from ohem_mm.hooks.monitor import SCALARS, class_shares, combine, describe, read, summarize
+from ohem_mm.reference import kept_pixels, pixel_losses
+
+MONITOR = {"type": "OhemMonitorHook"}
+SIX = {f"train/ohem/decode_head/{what}" for what in SCALARS}
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def measure(loss, logits, target):
+    stats = {"kept": None}
+    loss(logits, target, stats=stats)
+    total = combine([read(loss, logits, target, stats).tolist()])
+    return {**summarize(total, loss.thresh), **class_shares(total)}
+
+
+def expected(loss, logits, target):
+    """The same from the oracle, pixel by pixel."""
+    classes = logits.shape[1]
+    image = torch.arange(len(target)).view(-1, 1, 1).expand_as(target)
+    valid = target != 255
+    label, image = target[valid], image[valid]
+    flat = logits.double().movedim(1, -1)[valid]
+    losses = pixel_losses(flat, label, use_sigmoid=loss.use_sigmoid).tolist()
+    labels, images = label.tolist(), image.tolist()
+    settings = {"thresh": loss.thresh, "pool": loss.pool, "min_kept": loss.min_kept}
+    kept = kept_pixels(
+        losses,
+        labels,
+        images,
+        **settings,
+        always_keep=loss.always_keep,
+        images=len(target),
+    )
+    pixels = list(zip(losses, labels, images, kept, strict=True))
+    out = {"kept_share": sum(kept) / len(kept)}
+    limit = math.inf if loss.thresh is None else -math.log(loss.thresh)
+    lifted = [p for p in pixels if p[3] and p[0] <= limit and p[1] not in loss.always_keep]
+    reached = [math.exp(-p[0]) for p in lifted]
+    if loss.thresh is not None:
+        out["hard_share"] = sum(p[0] > limit for p in pixels) / len(pixels)
+        pool = {"batch": lambda p: 0, "image": lambda p: p[2], "class": lambda p: p[1]}[loss.pool]
+        out["floor_active"] = len({pool(p) for p in lifted}) / len({pool(p) for p in pixels})
+        reached.append(loss.thresh)
+    out["thresh_effective"] = max(reached)
+    for name, side in (("loss_kept", True), ("loss_dropped", False)):
+        some = [p[0] for p in pixels if p[3] is side]
+        out[name] = sum(some) / len(some) if some else 0.0
+    for place in range(max(2, classes)):
+        own = [p[3] for p in pixels if p[1] == place]
+        if own:
+            out[place] = sum(own) / len(own)
+    return out
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("pool", ["batch", "image", "class"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"thresh": 0.7, "min_kept": 0.0},
+        {"thresh": 0.3, "min_kept": 0.5},
+        {"thresh": 0.05, "min_kept": 9},
+        {"thresh": 0.2, "min_kept": 0.25, "always_keep": [1]},
+        {"thresh": None, "min_kept": 0.25},
+        {"thresh": 0.7, "min_kept": 10**6},
+    ],
+)
+def test_values_are_those_of_the_oracle(settings, pool, classes):
+    generator = torch.Generator().manual_seed(classes)
+    logits = 2 * torch.randn(3, classes, 6, 7, generator=generator)
+    target = torch.randint(0, classes, (3, 6, 7), generator=generator)
+    target[0, :2] = 255
+    target[2] = 0
+    loss = OhemCrossEntropyLoss(**settings, pool=pool)
+    assert measure(loss, logits, target) == pytest.approx(expected(loss, logits, target), rel=1e-5)
+
+
+def test_values_of_one_sigmoid_channel_of_class_weights_and_of_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 8, 8, generator=generator)
+    target = torch.randint(0, 2, (2, 8, 8), generator=generator)
+    # Weights scale the loss that is optimised; what is mined and shown is unweighted.
+    loss = OhemCrossEntropyLoss(0.4, 0.1, use_sigmoid=True, class_weight=[1.0, 50.0])
+    want = expected(loss, logits, target)
+    assert measure(loss, logits, target) == pytest.approx(want, rel=1e-5)
+    assert measure(loss, logits, target[:, None]) == pytest.approx(want, rel=1e-5)
+    half = logits.bfloat16()
+    want = expected(loss, half, target)
+    assert measure(loss, half, target) == pytest.approx(want, rel=1e-5)
+
+
+def test_nothing_valid_and_nothing_kept():
+    logits = torch.zeros(1, 2, 4, 4)
+    logits[:, 0] = 5.0
+    target = torch.full((1, 4, 4), 255)
+    loss = OhemCrossEntropyLoss(0.7, 0)
+    assert measure(loss, logits, target) == {}
+    target[0, 0] = 0
+    values = measure(loss, logits, target)
+    assert values.pop("loss_dropped") > 0
+    assert values == {
+        "kept_share": 0,
+        "hard_share": 0,
+        "floor_active": 0,
+        "thresh_effective": 0.7,
+        "loss_kept": 0,
+        0: 0,
+    }
+
+
+def test_several_calls_in_one_step_add_up():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 5, 5, generator=generator)
+    target = torch.randint(0, 3, (4, 5, 5), generator=generator)
+    loss = OhemCrossEntropyLoss(0.4, 0.2, pool="image")
+    rows = []
+    for part in (slice(0, 1), slice(1, 4)):
+        stats = {"kept": None}
+        loss(logits[part], target[part], stats=stats)
+        rows.append(read(loss, logits[part], target[part], stats).tolist())
+    total = combine(rows)
+    together = {**summarize(total, 0.4), **class_shares(total)}
+    assert together == pytest.approx(measure(loss, logits, target))
+
+
+# --- where and when it writes --------------------------------------------------------------------
+
+
+class Stub:
+    """As much of a runner as the hook uses, around a model that is called by hand."""
+
+    def __init__(self, hook, classes=("road", "traffic light"), **losses):
+        self.model = nn.ModuleDict({name: nn.Module() for name in losses})
+        for name, loss in losses.items():
+            self.model[name].loss_decode = loss
+        self.message_hub = MessageHub(f"stub_{id(self)}")
+        self.log_processor = LogProcessor(by_epoch=False)
+        self.logger = logging.Logger("stub")
+        self.lines, handler = [], logging.Handler()
+        handler.emit = lambda record: self.lines.append((record.levelname, record.getMessage()))
+        self.logger.addHandler(handler)
+        self.hooks, self.cfg, self.iter, self.written = [hook], {}, 0, []
+        self.visualizer = self
+        self.train_dataloader = self
+        self.dataset = type("Dataset", (), {"metainfo": {"classes": classes}})
+        self.hook = hook
+        hook.before_train(self)
+
+    def __len__(self):
+        return 10**6
+
+    def add_scalars(self, values, step):
+        self.written.append((step, values))
+
+    def step(self, logits, target):
+        self.hook.before_train_iter(self, self.iter)
+        for head in self.model.values():
+            head.loss_decode(logits, target)
+        self.hook.after_train_iter(self, self.iter)
+        self.iter += 1
+
+    def warnings(self):
+        return [text for level, text in self.lines if level == "WARNING"]
+
+
+def two_classes(certain):
+    """Logits that give class 0 the probability ``certain``; half of the labels are 0, half 1."""
+    logits = torch.zeros(2, 2, 4, 4)
+    logits[:, 0] = math.log(certain / (1 - certain))
+    target = torch.zeros(2, 4, 4, dtype=torch.long)
+    target[1] = 1
+    return logits, target
+
+
+def test_values_of_classes_go_to_the_backends_under_safe_names():
+    runner = Stub(OhemMonitorHook(interval=2), head=OhemCrossEntropyLoss(0.6, 0))
+    for _ in range(4):
+        runner.step(*two_classes(0.8))
+    assert [step for step, _ in runner.written] == [2, 4]
+    assert runner.written[0][1] == {
+        "ohem/head/kept_share_road": 0.0,
+        "ohem/head/kept_share_traffic_light": 1.0,
+        "iter": 2,
+    }
+    latest = runner.message_hub.get_info("train/ohem/head")
+    assert latest["kept_share_traffic_light"] == 1
+    assert latest["kept_share"] == 0.5
+
+
+def test_with_several_losses_the_log_stays_short():
+    runner = Stub(
+        OhemMonitorHook(interval=1),
+        classes=None,
+        decode_head=OhemCrossEntropyLoss(0.6, 0),
+        aux=OhemCrossEntropyLoss(0.1, 0.75),
+    )
+    runner.log_processor.log_with_hierarchy = True
+    runner.step(*two_classes(0.8))
+    assert set(runner.message_hub.log_scalars) == {
+        f"train/ohem/{head}/{what}"
+        for head in ("decode_head", "aux")
+        for what in ("kept_share", "thresh_effective")
+    }
+    ((_, written),) = runner.written
+    assert written["train/ohem/decode_head/floor_active"] == 0
+    assert written["train/ohem/aux/floor_active"] == 1
+    # Ties at the floor are all kept.
+    assert written["train/ohem/aux/kept_share_0"] == 1
+    assert runner.message_hub.get_scalar("train/ohem/aux/thresh_effective").current() == (
+        pytest.approx(0.8)
+    )
+
+
+def test_it_listens_at_logging_steps_only():
+    loss = OhemCrossEntropyLoss()
+    runner = Stub(OhemMonitorHook(interval=3), head=loss)
+    listening = []
+    for runner.iter in range(7):
+        runner.hook.before_train_iter(runner, runner.iter)
+        listening.append(len(loss._forward_hooks) + len(loss._forward_pre_hooks))
+        loss(*two_classes(0.8))
+        runner.hook.after_train_iter(runner, runner.iter)
+    assert listening == [0, 0, 2, 0, 0, 2, 0]
+    assert not loss._forward_hooks
+    assert not loss._forward_pre_hooks
+
+
+def test_a_step_without_valid_pixels_is_left_out():
+    runner = Stub(OhemMonitorHook(interval=1), head=OhemCrossEntropyLoss())
+    logits, target = two_classes(0.8)
+    runner.step(logits, torch.full_like(target, 255))
+    runner.step(logits[:0], target[:0])
+    assert not runner.written
+    assert not runner.message_hub.log_scalars
+    runner.step(logits, target)
+    assert runner.message_hub.get_scalar("train/ohem/head/kept_share").current() == 0.5
+
+
+# --- warnings ------------------------------------------------------------------------------------
+
+
+def watch(loss, steps, data, patience=3):
+    runner = Stub(OhemMonitorHook(interval=1, patience=patience), head=loss)
+    for _ in range(steps):
+        runner.step(*data)
+    return runner.warnings()
+
+
+def test_warns_once_where_nothing_is_dropped():
+    data = two_classes(0.6)
+    assert watch(OhemCrossEntropyLoss(0.7, 0), 2, data) == []
+    (warning,) = watch(OhemCrossEntropyLoss(0.7, 0), 9, data)
+    assert "head: dropped nothing in the last 3 measurements" in warning
+    assert "below thresh=0.7; use a lower thresh" in warning
+    (warning,) = watch(OhemCrossEntropyLoss(0.5, 100_000), 9, data)
+    assert "the floor min_kept=100000 is as large as the pixels there are" in warning
+    # Asked for, as in a warm-up.
+    assert watch(OhemCrossEntropyLoss(0.5, 1.0), 9, data) == []
+    assert watch(OhemCrossEntropyLoss(preset="torchseg", min_kept=0), 9, data) == []
+
+
+def test_warns_once_where_the_floor_alone_decides():
+    logits, target = two_classes(0.6)
+    data = (torch.where(target[:, None] == 1, -logits, logits), target)  # all right
+    data[0][0, :, 0] = 0.0  # but for four pixels in doubt, the floor
+    (first, second) = watch(OhemCrossEntropyLoss(0.3, 4), 9, data)
+    assert "kept pixels by its floor in the last 3 measurements: fewer than min_kept=4" in first
+    assert "no pixel was kept of traffic_light" in second
+    assert len(watch(OhemCrossEntropyLoss(None, 4), 9, data)) == 1  # top-k is meant: the class only
+
+
+def test_warns_once_of_a_class_that_is_never_kept():
+    data = two_classes(0.8)
+    (warning,) = watch(OhemCrossEntropyLoss(0.7, 0), 9, data)
+    assert "no pixel was kept of road in the last 3 measurements that saw it" in warning
+    assert "pool='class' or always_keep=[0]" in warning
+    # Once in three is not never; nor is a step without the class a step in which it was dropped.
+    runner = Stub(OhemMonitorHook(interval=1, patience=3), head=OhemCrossEntropyLoss(0.7, 0))
+    for step in range(12):
+        runner.step(*two_classes(0.6 if step % 3 == 2 else 0.8))
+    assert runner.warnings() == []
+    logits, target = data
+    for step in range(4):
+        runner.step(logits, target.clamp(min=1) if step % 2 else target)
+    assert runner.warnings() == []
+    runner.step(logits, target)
+    assert len(runner.warnings()) == 1
+
+
+def test_says_where_it_cannot_listen():
+    hook = OhemMonitorHook(interval=1)
+    runner = Stub(hook, head=OhemCrossEntropyLoss())
+    for _ in range(2):
+        hook.before_train_iter(runner, 0)
+        hook.after_train_iter(runner, 0)
+    (warning,) = runner.warnings()
+    assert "head: was not called in a logging step" in warning
+    runner.cfg = {"compile": True}
+    hook.before_train(runner)
+    assert "cannot be listened to" in runner.warnings()[-1]
+
+
+# --- the start of the log ------------------------------------------------------------------------
+
+
+def head(*losses, **attributes):
+    module = nn.Module()
+    module.loss_decode = losses[0] if len(losses) == 1 else nn.ModuleList(losses)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def test_says_what_each_head_does():
+    class OhemCrossEntropy(nn.Module):
+        pass
+
+    class OHEMPixelSampler:
+        pass
+
+    ours = OhemCrossEntropyLoss
+    model = nn.ModuleDict(
+        {
+            "decode_head": head(ours(0.6, 0.1), ignore_index=7),
+            "image": head(ours(None, 500, pool="image", ignore_index=3, class_weight=[1, 2])),
+            "per": head(ours(0.6, 500, min_kept_per="image", always_keep=[1], avg="valid")),
+            "off": head(ours(0.6, 1.0)),
+            "plain": head(nn.CrossEntropyLoss(), sampler=OHEMPixelSampler()),
+            "two": head(OhemCrossEntropy(), ours(0.6, 0, pool="class")),
+            "criterion": ours(0.6, 0.5, pool="class"),
+        }
+    )
+    lines = dict(line.split(": ", 1) for line in describe(model))
+    assert lines["decode_head (Module)"] == (
+        "mines: keeps pixels whose true class has a probability below 0.6, at least 10 % of the "
+        "valid pixels of the batch, averages over the kept pixels, ignore_index 7 (of the head), "
+        "no class weights"
+    )
+    assert lines["image (Module)"] == (
+        "mines: keeps the hardest 500 pixels of each image, averages over the kept pixels, "
+        "ignore_index 3, class weights [1.0, 2.0]"
+    )
+    assert (
+        "at least 500 pixels for each image of the batch, always keeps the classes [1]"
+        in (lines["per (Module)"])
+    )
+    assert "averages over the valid pixels" in lines["per (Module)"]
+    assert "keeps every valid pixel as long as min_kept=1.0" in lines["off (Module)"]
+    assert lines["plain (Module)"] == (
+        "does not mine (CrossEntropyLoss); its OHEMPixelSampler drops pixels too and is not "
+        "monitored"
+    )
+    assert lines["two (Module)"].startswith(
+        "loss 0 mines with mmseg's OhemCrossEntropy, which is not monitored; loss 1 mines: keeps "
+        "pixels whose true class has a probability below 0.6, averages"
+    )
+    assert "50 % of the valid pixels of each class" in lines["criterion"]
+    assert len(lines) == 7
+    assert describe(nn.Identity()) == ["the model has no loss that mines"]
+
+
+@pytest.mark.parametrize("bad", [{"interval": 0}, {"interval": 2.5}, {"patience": -1}])
+def test_bad_config_is_refused(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"{name} must be an int above 0, but got {value}"):
+        OhemMonitorHook(**bad)
+
+
+# --- real trainings ------------------------------------------------------------------------------
+
+# Few pixels are below this at the start, so that pixels are dropped.
+MINED = {"model.decode_head.loss_decode.thresh": 0.1}
+
+
+@pytest.mark.parametrize("fused", [[], [{"type": "FusedOhemHook"}]], ids=["plain", "fused"])
+def test_training_is_the_same_and_the_log_shows_the_values(tmp_path, fused):
+    without = train(tmp_path / "without", fused, **MINED)
+    runner = train(tmp_path / "with", [*fused, MONITOR], **MINED)
+    assert history(runner, "loss") == history(without, "loss")
+    assert set(runner.message_hub.log_scalars) >= SIX
+    # avg='kept' and no weights: the loss is the mean over the kept pixels.
+    assert history(runner, "ohem/decode_head/loss_kept") == pytest.approx(
+        history(runner, "loss"), rel=1e-5
+    )
+    assert all(0 < share < 1 for share in history(runner, "ohem/decode_head/kept_share"))
+
+    text = logs(tmp_path / "with")
+    assert "OhemMonitorHook: decode_head (FCNHead): mines: keeps pixels" in text
+    (line,) = (line for line in text.splitlines() if "Iter(train) [6/6]" in line)
+    latest = runner.message_hub.get_info("train/ohem/decode_head")
+    for what in SCALARS:  # the latest, not smoothed, the losses too
+        assert f"ohem/decode_head/{what}: {latest[what]:.4f}" in line
+    assert "kept_share_" not in line
+    (scalars,) = (tmp_path / "with").rglob("scalars.json")
+    rows = [json.loads(row) for row in scalars.read_text().splitlines()]
+    sky = "ohem/decode_head/kept_share_sky"
+    assert [row[sky] for row in rows if sky in row][-1] == latest["kept_share_sky"]
+
+
+def test_default_interval_is_that_of_the_logger_and_resume_goes_on(tmp_path):
+    allow_mmengine_checkpoints()
+    options = {"default_hooks.logger.interval": 2, "default_hooks.checkpoint.interval": 4}
+    first = train(tmp_path / "first", [MONITOR], **options, **{"train_cfg.max_iters": 4})
+    seen = history(first, "ohem/decode_head/kept_share")
+    assert len(seen) == 2
+    checkpoint = str(tmp_path / "first" / "iter_4.pth")
+    second = train(tmp_path / "second", [MONITOR], resume=True, load_from=checkpoint, **options)
+    assert history(second, "ohem/decode_head/kept_share")[:2] == seen
+    assert len(history(second, "ohem/decode_head/kept_share")) == 3
+
+
+def test_with_the_schedule_it_shows_the_settings_in_effect(tmp_path):
+    schedule = {"type": "OhemScheduleHook", "thresh": {"type": "constant", "value": 0.05}}
+    runner = train(tmp_path / "both", [MONITOR, schedule], **{"train_cfg.max_iters": 2})
+    assert "has a probability below 0.05" in logs(tmp_path)
+    assert max(history(runner, "ohem/decode_head/hard_share")) < 0.1
+
+
+def test_tensorboard_shows_the_values(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    backends = [{"type": "TensorboardVisBackend"}]
+    runner = train(tmp_path / "tb", [MONITOR], **MINED, **{"visualizer.vis_backends": backends})
+    (events,) = (tmp_path / "tb").rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events))
+    board.Reload()
+    for what in SCALARS:
+        points = board.Scalars(f"ohem/decode_head/{what}")
+        assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+        assert [point.value for point in points] == pytest.approx(
+            history(runner, f"ohem/decode_head/{what}")
+        )
+    latest = runner.message_hub.get_info("train/ohem/decode_head")
+    last = board.Scalars("ohem/decode_head/kept_share_sky")[-1]
+    assert (last.step, last.value) == (6, pytest.approx(latest["kept_share_sky"]))
