@@ -45,6 +45,7 @@ __all__ = [
     "check_amp_device",
     "check_checkpoint",
     "check_datasets",
+    "check_hooks",
     "check_losses",
     "check_pretrained",
     "iter_dicts",
@@ -270,6 +271,25 @@ def check_losses(cfg: Config) -> None:
                 OhemCrossEntropyLoss(**settings)
             except (TypeError, ValueError, OSError) as error:
                 raise UserError(f"{path}: {error}") from error
+
+
+def check_hooks(cfg: Config) -> None:
+    """Build every hook of this package on its own, as :func:`check_losses` does for losses.
+
+    Raises:
+        UserError: With the place in the config and the hook's own message.
+    """
+    from ohem_mm import hooks
+
+    for place, node in enumerate(cfg.get("custom_hooks") or ()):
+        kind = getattr(hooks, type_name(node), None) if isinstance(node, dict) else None
+        if kind is not None:
+            settings = {key: node[key] for key in node if key not in ("type", "_scope_")}
+            settings.pop("priority", None)
+            try:
+                kind(**settings)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"custom_hooks.{place}: {error}") from error
 
 
 def check_pretrained(cfg: Config) -> None:

@@ -179,7 +179,7 @@ def _main_table(results: Results, rows: list[str]) -> str:
     if results.rare:
         header += [f"rare-class {metric}", against]
     validated = all(run["curve"] for name in rows for run in results.runs[name].values())
-    header += [f"val {metric}"] * validated + ["aAcc", "kept", "training"]
+    header += [f"val {metric}"] * validated + ["aAcc", "kept", "training", "memory"]
     lines = []
     for name in rows:
         runs = list(results.runs[name].values())
@@ -194,6 +194,7 @@ def _main_table(results: Results, rows: list[str]) -> str:
         kept = [statistics.fmean(r["kept_share"].values()) for r in runs if r["kept_share"]]
         line.append(f"{100 * statistics.fmean(kept):.1f} %" if kept else "")
         line.append(clock(statistics.fmean(run["train_seconds"] for run in runs)))
+        line.append(f"{max(run['peak_memory_mib'] for run in runs):.0f} MiB")
         lines.append(line)
     return table(header, lines)
 
@@ -266,7 +267,9 @@ def _reading(results: Results) -> str:
         names = ", ".join(results.first["classes"][i] for i in results.rare)
         text += f"Rare classes (below {100 * benchmark.rare_below:g} % of the pixels): {names}. "
     if any(run["kept_share"] for run in results.records):
-        text += "kept is the share of the valid pixels that mining kept, mean over the training. "
+        text += "kept: share of the valid pixels that mining kept, mean of the logged iterations. "
+    on_gpu = results.first["hardware"]["gpu"]
+    text += f"memory: highest peak {'allocated on the GPU' if on_gpu else 'of the process'}. "
     return text + _pairing(results)
 
 
@@ -315,9 +318,12 @@ def _setup(results: Results) -> str:
         hardware = run["hardware"]
         text = f"{hardware['cpu']}, {hardware['cores']} cores"
         if hardware["gpu"]:
-            return f"{run['processes']} x {hardware['gpu']} ({text})"
+            return f"{hardware['gpu']} ({text}), {run['jobs']} at a time{processes(run)}"
         threads = f"{run['threads']} thread{'s' * (run['threads'] != 1)} a job"
-        return f"{text}, no GPU, {threads}, {run['jobs']} at a time"
+        return f"{text}, no GPU, {threads}, {run['jobs']} at a time{processes(run)}"
+
+    def processes(run: dict[str, Any]) -> str:
+        return f", {run['processes']} processes each" if run["processes"] > 1 else ""
 
     def commit(run: dict[str, Any]) -> str:
         if run["commit"] is None:
@@ -403,6 +409,11 @@ def plot(results: Results, folder: Path) -> list[Path]:
     return files
 
 
+def _plain(label: str) -> str:
+    """A label without markdown's marks for code."""
+    return label.replace("`", "")
+
+
 def _draw_classes(results: Results) -> Any:
     """Bars: mean difference of each class to the baseline; points: seeds."""
     from matplotlib.figure import Figure
@@ -430,14 +441,14 @@ def _draw_classes(results: Results) -> Any:
                 axis.scatter(values, [row] * len(values), s=9, color=COLOURS[0], zorder=3)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_title(benchmark.variants[name].label, fontsize=10)
+        axis.set_title(_plain(benchmark.variants[name].label), fontsize=10)
     for axis in list(axes)[len(names) :]:
         axis.remove()
     labels = [f"{results.first['classes'][i]} ({100 * shares[i]:.2g} %)" for i in order]
     first = figure.axes[0]
     first.set_yticks(range(len(order)), labels)
     first.invert_yaxis()
-    label = benchmark.variants[base].label
+    label = _plain(benchmark.variants[base].label)
     figure.supxlabel(
         f"{benchmark.metric[1:]} minus that of {label}, percentage points", fontsize=10
     )
@@ -465,7 +476,9 @@ def _draw_curves(results: Results) -> Any:
         colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
         steps = list(points)
         means = [statistics.fmean(values) for values in points.values()]
-        axis.plot(steps, means, style, color=colour, label=variants[name].label, marker="o", ms=3)
+        axis.plot(
+            steps, means, style, color=colour, label=_plain(variants[name].label), marker="o", ms=3
+        )
         low, high = map(min, points.values()), map(max, points.values())
         axis.fill_between(steps, list(low), list(high), color=colour, alpha=0.12, linewidth=0)
     axis.set_xlabel("iteration")
@@ -504,11 +517,9 @@ def _draw_grid(results: Results) -> Any:
             image = frame.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
-                    dark = value < (low + high) / 2
-                    colour = "white" if dark else "black"
-                    frame.text(
-                        j, i, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9
-                    )
+                    ink = "white" if value < (low + high) / 2 else "black"
+                    text = frame.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
+                    text.set_fontsize(9)
             frame.set_xticks(range(len(columns)), columns)
             frame.set_yticks(range(len(axes[0].labels)), axes[0].labels)
             frame.set_title(title, fontsize=10)

@@ -92,6 +92,7 @@ def test_values_are_those_of_the_oracle(settings, pool, classes):
     target = torch.randint(0, classes, (3, 6, 7), generator=generator)
     target[0, :2] = 255
     target[2] = 0
+    logits[2, 0] += 6.0  # an easy image: there the floor acts first
     loss = OhemCrossEntropyLoss(**settings, pool=pool)
     assert measure(loss, logits, target) == pytest.approx(expected(loss, logits, target), rel=1e-5)
 
@@ -133,14 +134,14 @@ def test_several_calls_in_one_step_add_up():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 5, 5, generator=generator)
     target = torch.randint(0, 3, (4, 5, 5), generator=generator)
-    loss = OhemCrossEntropyLoss(0.4, 0.2, pool="image")
+    loss = OhemCrossEntropyLoss(0.05, 0.2, pool="image")
     rows = []
     for part in (slice(0, 1), slice(1, 4)):
         stats = {"kept": None}
         loss(logits[part], target[part], stats=stats)
         rows.append(read(loss, logits[part], target[part], stats).tolist())
     total = combine(rows)
-    together = {**summarize(total, 0.4), **class_shares(total)}
+    together = {**summarize(total, 0.05), **class_shares(total)}
     assert together == pytest.approx(measure(loss, logits, target))
 
 

@@ -155,6 +155,16 @@ def test_bad_loss_setting_is_named_with_its_place(tool, option, expected):
     assert expected in last
 
 
+def test_bad_hook_setting_is_named_with_its_place():
+    good = {"type": "FusedOhemHook", "priority": "LOW"}
+    cli.check_hooks(Config({"custom_hooks": [good, {"type": "SyncBuffersHook"}]}))
+    bad = {"type": "ohem_mm.hooks.OhemMonitorHook", "interval": 0}
+    with pytest.raises(cli.UserError, match=r"^custom_hooks.1: interval .* above 0, but got 0"):
+        cli.check_hooks(Config({"custom_hooks": [good, bad]}))
+    with pytest.raises(cli.UserError, match=r"^custom_hooks.0: .*unexpected keyword .*'every'"):
+        cli.check_hooks(Config({"custom_hooks": [{"type": "OhemScheduleHook", "every": 2}]}))
+
+
 def test_missing_weights_name_the_converter(tool, tmp_path):
     Path("mine.py").write_text(
         "model = dict(backbone=dict(init_cfg=dict(type='Pretrained', "

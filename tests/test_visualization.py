@@ -1,5 +1,6 @@
 """Pictures of mined pixels: what they show, and the hook that draws them."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,30 +210,32 @@ def test_class_colours_fills_what_the_data_set_leaves_out():
     assert len(set(map(tuple, colours.tolist()))) == 150
 
 
-@pytest.mark.parametrize("thresh", [0.7, 1.0, None])
 @pytest.mark.parametrize(
-    ("height", "width", "classes"),
-    [(96, 192, 2), (360, 480, 11), (1024, 2048, 19), (300, 400, 150), (900, 40, 150)],
+    ("height", "width", "classes", "thresh"),
+    [
+        (96, 192, 2, 0.7),
+        (360, 480, 11, None),
+        (1024, 2048, 19, 1.0),
+        (300, 400, 150, 0.7),
+        (900, 40, 150, 0.7),
+    ],
 )
 def test_board_leaves_room_for_every_class(height, width, classes, thresh):
     seen = shot(height=height, width=width, classes=classes)
-    loss = OhemCrossEntropyLoss(thresh=thresh)
     names, colours = class_colours({}, classes)
-    picture = board(seen, names, colours, loss, "iteration 5")
-    out = panels(seen, colours)
-    high, wide = out["loss"].shape[:2]
+    picture = board(seen, names, colours, OhemCrossEntropyLoss(thresh=thresh), "iteration 5")
+    high, wide = panels(seen, colours)["loss"].shape[:2]
     assert picture.dtype == np.uint8
     assert picture.shape[0] > 2 * high
     assert picture.shape[1] > 3 * wide
-    # Every colour of the legend is there, in a swatch of at least 13 x 13 pixels, and the margin
-    # around everything is white.
+    # Nothing reaches the margin, so nothing is cut off.
     for edge in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
         assert (edge == 255).all()
-    below = picture[-(picture.shape[0] - 2 * high) :]
-    flat = below.reshape(-1, 3)
+    # Each class has a swatch outside the panels: a square of its colour.
+    legend = picture[-round(picture.shape[0] - 2 * high - 60) :]
     if classes == 150:
-        for colour in colours:
-            assert (flat == colour).all(1).sum() >= 13 * 13
+        flat = legend.reshape(-1, 3)
+        assert all((flat == colour).all(1).sum() >= 13 * 13 for colour in colours)
 
 
 # --- the hook --------------------------------------------------------------------------------
@@ -251,6 +254,7 @@ def runner(tmp_path, base, hook, iterations=4, **more):
             "train_cfg.val_interval": iterations,
             "custom_hooks": [{"type": "FusedOhemHook"}, hook],
             "experiment_name": tmp_path.name,
+            "visualizer.name": str(tmp_path),  # one of its own: instances are kept by name
             "default_hooks.checkpoint": None,
             **more,
         }
@@ -307,7 +311,7 @@ def test_hook_shows_the_pixels_that_the_iteration_was_trained_on(tmp_path, monke
     built.model.decode_head.loss_decode.register_forward_hook(listen, with_kwargs=True)
     built.train()
     (logits, label), stats = calls[0], {"kept": None}
-    assert (logits.shape[2:] != label.shape[2:]) == fused
+    assert (logits.shape[2:] != label.shape[-2:]) == fused
     ohem_cross_entropy(logits, label, stats=stats)
     assert len(seen) == 2
     for index, shot in enumerate(seen):
@@ -333,6 +337,23 @@ def test_hook_without_our_loss_draws_validation_and_says_so(tmp_path, caplog):
     log = next(tmp_path.rglob("*.log")).read_text()
     assert log.count("no OhemCrossEntropyLoss in the model; training is not drawn") == 1
     assert "drawn as by OhemCrossEntropyLoss(thresh=0.7, min_kept=0.0625)" in log
+
+
+def test_hook_draws_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    hook = {"type": "OhemVisualizationHook", "interval": 2, "num_images": 1}
+    backends = [{"type": "TensorboardVisBackend"}]
+    runner(tmp_path, OHEM, hook, 2, **{"visualizer.vis_backends": backends}).train()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events)).Reload()
+    assert set(log.Tags()["images"]) == {"ohem_train_0", "ohem_val_0"}
+    for tag in log.Tags()["images"]:
+        (event,) = log.Images(tag)
+        picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+        assert event.step == 2
+        assert (picture == MINED).all(2).sum() > 1000
 
 
 def test_hook_refuses_bad_settings():

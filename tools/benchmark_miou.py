@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -100,8 +101,8 @@ class JobHook(Hook):
             model = getattr(runner.model, "module", runner.model)
             # Parameters alone: a loss may keep settings (class weights) in buffers.
             weights = digest(model.parameters())
-            lists: dict[str, Any] = {"batches": [], "curve": [], "resumed": []}
-            self.notes = {"weights": weights, "order": "", "memory": 0.0, **lists}
+            self.notes = {"weights": weights, "order": "", "batches": []}
+            self.notes |= {"curve": [], "memory": 0.0, "resumed": []}
         else:
             self.notes = runner.message_hub.get_info("benchmark")
             self.notes["resumed"].append(runner.iter)
@@ -281,6 +282,8 @@ def _train_and_test(
     start = time.perf_counter()
     runner.test()
     test_seconds = time.perf_counter() - start
+    if runner.rank > 0:  # mmengine brings all results to the first process
+        return {}
 
     def percent(values: Any) -> list[float | None]:
         return [round(100 * float(v), 4) if math.isfinite(v) else None for v in values]
@@ -365,13 +368,13 @@ class Job:
 
 def make_jobs(benchmark: Benchmark, args: argparse.Namespace, folder: Path) -> list[Job]:
     """Build and check the config of every job, before anything is run."""
-    names = args.variants or list(benchmark.variants)
+    names = dict.fromkeys(args.variants or benchmark.variants)
     for name in names:
         if name not in benchmark.variants:
             raise cli.UserError(
                 f"{benchmark.path} has no variant {name!r}; it has {', '.join(benchmark.variants)}"
             )
-    seeds = args.seeds or benchmark.seeds
+    seeds = list(dict.fromkeys(args.seeds or benchmark.seeds))
     jobs = []
     for name in names:
         variant = benchmark.variants[name]
@@ -497,6 +500,8 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path)
     """
     if args.launcher == "slurm" and not args.partition:
         raise cli.UserError("--launcher slurm needs --partition")
+    if args.launcher == "slurm" and shutil.which("srun") is None:
+        raise cli.UserError("--launcher slurm needs srun, and this machine has none")
     folder = Path(args.work_dir or "work_dirs", benchmark.name)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
@@ -506,10 +511,9 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path)
         jobs = make_jobs(benchmark, args, folder)
         waiting = [job for job in jobs if not collect(job, records, args.keep_checkpoints)]
         done = len(jobs) - len(waiting)
-        say(
-            f"{benchmark.title}: {len(jobs)} jobs, {done} of them finished before; "
-            f"records: {records}"
-        )
+        say(f"{benchmark.title}: {len(jobs)} jobs, {done} of them finished before ({records})")
+        if not waiting:
+            say("nothing is left to run; to run them again, give another file with --records")
         if waiting:
             shares = class_shares(jobs[0].cfg, folder / "class_shares.json")
             for job in waiting:
@@ -551,7 +555,7 @@ def _run_jobs(jobs: list[Job], args: argparse.Namespace, records: Path) -> list[
                     del slots[slot]
                     if job.process.returncode == 0 and collect(job, records, args.keep_checkpoints):
                         record = read_json(job.folder / "record.json")
-                        result = f"{record['metrics']['mIoU']:.2f} mIoU"
+                        result = f"{args.metric} {record['metrics'][args.metric]:.2f}"
                         display.say(f"{job.name}: {result}, {clock(record['train_seconds'])}")
                         job.state = {"text": "done", "share": 1.0}
                     else:

@@ -72,6 +72,7 @@ def main() -> None:
     if args.resume:
         apply_resume(cfg)
     cli.check_losses(cfg)
+    cli.check_hooks(cfg)
     cli.check_amp_device(cfg)
     cli.check_pretrained(cfg)
     if cfg.get("load_from"):
