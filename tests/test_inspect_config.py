@@ -96,6 +96,9 @@ def places(text):
     return head(f"loss_decode=[dict({mmseg}, {text}), dict({mmseg})]")
 
 
+ONE_CHANNEL = (
+    "num_classes=2, out_channels=1, loss_decode=dict(use_sigmoid=True, class_weight=[1.0])"
+)
 DICE = "loss_decode=[dict(type={!r}), dict(type='DiceLoss')]"
 LOVASZ = "loss_decode=[dict(type='CrossEntropyLoss'), dict(type='LovaszLoss', per_image=True)]"
 IGNORES_ZERO = """
@@ -125,6 +128,7 @@ FAULTS = [
     (OHEM, loss("always_keep=[3, 10]"), "always-keep"),
     (OHEM, loss("class_weight=[1.0] * 9"), "class-weight"),
     (OHEM, head("num_classes=2, out_channels=1"), "one-channel"),
+    (OHEM, head(ONE_CHANNEL), "class-weight"),
     # Ours: settings that undo each other.
     (OHEM, loss("thresh=None, min_kept=0"), "keeps-nothing"),
     (OHEM, loss("min_kept=1.0"), "thresh-idle"),
