@@ -335,6 +335,13 @@ def test_fused_is_what_the_hook_does(plant, text):
     assert report.rows[0].fused == (bool(fused) and bool(report.cfg.custom_hooks))
 
 
+def test_heads_that_do_not_tell_the_ignored_label(plant):
+    text = head("ignore_index=254, loss_decode=[dict(type='OhemCrossEntropyLoss')] * 2")
+    assert {row.ignore_index for row in plant(DDRNET, text).rows} == {255}
+    hooked = text + "\ncustom_hooks = [dict(type='FusedOhemHook')]"
+    assert {row.ignore_index for row in plant(DDRNET, hooked).rows} == {254}
+
+
 def test_places_that_the_hook_leaves_out(tool):
     rows = tool.Inspector(Config.fromfile(config_path(PIDNET))).rows
     assert [row.fused for row in rows] == [True, True, None, True]
