@@ -84,7 +84,11 @@ def test_commands_name_files_and_configs_that_exist():
 
 def test_help_of_the_tools():
     pytest.importorskip("mmseg")
-    for tool in ("train.py", "test.py", "dataset_converters/camvid.py"):
+    tools = [
+        *("train.py", "test.py", "dataset_converters/camvid.py", "benchmark_miou.py"),
+        *("inspect_config.py", "choose_thresh.py", "show_hard_pixels.py"),
+    ]
+    for tool in tools:
         result = subprocess.run(
             [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), "--help"],
             capture_output=True,
