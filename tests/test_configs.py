@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -25,7 +26,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from ohem_mm import OhemCrossEntropyLoss, cli
-from ohem_mm.benchmark import load_benchmark
+from ohem_mm.benchmark import load_benchmark, read_records
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
@@ -544,3 +545,29 @@ def test_readme_lists_every_config_with_its_numbers() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in link:
             assert (CONFIGS / link).exists(), link
+
+
+def test_metafiles_give_the_means_of_the_records() -> None:
+    index = yaml.safe_load((CONFIGS / "model-index.yml").read_text())["Import"]
+    assert sorted(index) == [
+        f"configs/{label(p)}.yaml" for p in sorted(CONFIGS.glob("*/metafile.yaml"))
+    ]
+    for file in index:
+        folder = (CONFIGS.parent / file).parent
+        records = [r for path in folder.glob("*.jsonl") for r in read_records(path)]
+        for model in yaml.safe_load((CONFIGS.parent / file).read_text())["Models"]:
+            config = CONFIGS.parent / model["Config"]
+            assert config.is_file()
+            assert model["Name"] == config.stem
+            (result,) = model["Results"]
+            ((metric, value),) = result["Metrics"].items()
+            # The config as it is, up to its length: no variant with options of its own.
+            scores = [
+                record["metrics"][metric]
+                for record in records
+                if record["config"] == f"{label(config)}.py"
+                and record["variant"] in ("ce", "sampler", "sampler-thresh", "ours")
+                and record["iterations"] == model["Metadata"]["Iterations"]
+            ]
+            assert len(scores) >= 3
+            assert value == pytest.approx(sum(scores) / len(scores), abs=0.006)

@@ -74,6 +74,18 @@ def test_every_setting_and_preset_is_documented():
         assert f"'{name}'" in README or name == "textbook", name
 
 
+def test_accuracy_table_is_taken_from_the_report():
+    def rows(text):
+        lines = [line for line in text.splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    shown = rows(README.split("## Accuracy")[1].split("\n## ")[0])[1:]
+    reported = rows((ROOT / "configs" / "camvid" / "README.md").read_text())
+    assert len(shown) == 5
+    for row in shown:
+        assert row in [other[: len(row)] for other in reported], row
+
+
 def test_commands_name_files_and_configs_that_exist():
     for block in blocks("bash"):
         for file in re.findall(r"\b(?:tools|tests|configs)/[\w/.-]+\.(?:py|sh)\b", block):

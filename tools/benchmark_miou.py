@@ -450,6 +450,7 @@ def _variant_config(
     if mines and hasattr(ohem_mm.hooks, monitor) and monitor not in map(cli.type_name, hooks):
         cfg.custom_hooks = [*hooks, {"type": monitor}]
     cli.check_losses(cfg)
+    cli.check_hooks(cfg)
     cli.check_amp_device(cfg)
     cli.check_pretrained(cfg)
     cli.check_datasets(cfg, ("train", "val", "test"))
