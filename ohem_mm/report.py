@@ -512,7 +512,8 @@ def _draw_grid(results: Results) -> Any:
             for _, grid in panels
         ]
         flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
-        low, high = min(flat), max(flat)
+        low = min(flat)
+        high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
         for frame, (title, _), values in zip(line, panels, data, strict=True):
             image = frame.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
             for i, row in enumerate(values):
