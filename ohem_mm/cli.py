@@ -284,8 +284,8 @@ def check_hooks(cfg: Config) -> None:
     for place, node in enumerate(cfg.get("custom_hooks") or ()):
         kind = getattr(hooks, type_name(node), None) if isinstance(node, dict) else None
         if kind is not None:
-            settings = {key: node[key] for key in node if key not in ("type", "_scope_")}
-            settings.pop("priority", None)
+            ours = node.keys() - {"type", "_scope_", "priority"}
+            settings = {key: node[key] for key in ours}
             try:
                 kind(**settings)
             except (TypeError, ValueError) as error:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from ..loss import OhemCrossEntropyLoss
+from ._losses import unwrap
 
 __all__ = ["FusedOhemHook"]
 
@@ -39,8 +39,7 @@ class FusedOhemHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Switch all heads that can be switched."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        for name, done in fuse_heads(model, self._fused):
+        for name, done in fuse_heads(unwrap(runner.model), self._fused):
             runner.logger.info(f"FusedOhemHook: {name}: {done}")
 
     def after_train(self, runner: Any) -> None:
