@@ -2,6 +2,7 @@
 _base_ = [
     "../_base_/models/unet-s5-d16_fcn.py",
     "../_base_/datasets/chase_db1.py",
+    "../_base_/schedules/schedule_1k_adamw.py",
     "../_base_/default_runtime.py",
 ]
 custom_imports = dict(imports=["ohem_mm"], allow_failed_imports=False)
@@ -57,16 +58,4 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 del clahe
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", power=0.9, eta_min=0, by_epoch=False, begin=50, end=1000),
-]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
 default_hooks = dict(checkpoint=dict(interval=250, max_keep_ckpts=1))

@@ -1,4 +1,8 @@
-_base_ = ["../_base_/default_runtime.py", "../_base_/datasets/scenes_96x192.py"]
+_base_ = [
+    "../_base_/datasets/scenes_96x192.py",
+    "../_base_/schedules/schedule_1k_adamw.py",
+    "../_base_/default_runtime.py",
+]
 custom_imports = dict(imports=["ohem_mm", "ohem_mm.datasets"], allow_failed_imports=False)
 randomness = dict(seed=0)
 
@@ -43,18 +47,6 @@ model = dict(
     train_cfg=dict(),
     test_cfg=dict(mode="whole"),
 )
-
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01),
-)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", power=0.9, eta_min=0, by_epoch=False, begin=50, end=1000),
-]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
 default_hooks = dict(
     logger=dict(interval=100),
     checkpoint=dict(interval=250, max_keep_ckpts=1),
