@@ -39,6 +39,7 @@ except ImportError as error:
 __all__ = [
     "UserError",
     "add_common_arguments",
+    "add_config_options",
     "allow_mmengine_checkpoints",
     "apply_options",
     "build_runner",
@@ -82,8 +83,8 @@ def _key_value(text: str) -> str:
     return text
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share, under mmseg's names."""
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, for tools that read a config and need nothing else of `load_config`."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
@@ -95,6 +96,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         'key="[a,b]" or key=a,b, an element of a list as model.auxiliary_head.0.channels=64. '
         "data_root=PATH moves every data set that lies in the data_root of the config.",
     )
+    parser.set_defaults(launcher="none", local_rank=0, work_dir=None)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, under mmseg's names."""
+    add_config_options(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -212,7 +219,8 @@ def _check_option(cfg: Config, key: str) -> None:
                 known += _top_level_keys()
                 if part in known:
                     return
-            close = difflib.get_close_matches(part, known, cutoff=0.85)
+            # One letter too few or too many; class_weight and loss_weight are further apart.
+            close = difflib.get_close_matches(part, known, cutoff=0.88)
             slip = f"--cfg-options {key}: {where} has no {part!r}"
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             # A new setting of an existing dict may well be meant; a new branch that looks

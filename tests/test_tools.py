@@ -252,6 +252,8 @@ def test_new_keys_are_allowed_and_odd_ones_are_reported(capsys):
     assert capsys.readouterr().err == (
         "warning: --cfg-options a_b.c: the config has no 'a_b'; it is added as a new key\n"
     )
+    load(CE, "model.decode_head.loss_decode.class_weight=[1,2,3]")
+    assert capsys.readouterr().err == ""
     load(CE, "train_cfg.max_iter=5")
     assert "has no 'max_iter'; it is added as a new key; did you mean 'max_iters'?" in (
         capsys.readouterr().err

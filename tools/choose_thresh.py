@@ -477,8 +477,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print tables for a README")
     parser.add_argument("--plot", metavar="PNG", help="draw the curves")
     parser.add_argument("--csv", metavar="FILE", help="write the numbers")
-    cli.add_common_arguments(parser)
-    parser.set_defaults(work_dir=None)
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 

@@ -785,8 +785,7 @@ def parse_args() -> argparse.Namespace:
         '"python -m ohem_mm.config --list" prints them all',
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    cli.add_common_arguments(parser)
-    parser.set_defaults(work_dir=None)
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 

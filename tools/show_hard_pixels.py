@@ -92,8 +92,7 @@ def parse_args() -> argparse.Namespace:
         help="leave out what is the data set's own, the photographs and the labels, where they "
         "may not be passed on",
     )
-    cli.add_common_arguments(parser)
-    parser.set_defaults(work_dir=None)
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 
