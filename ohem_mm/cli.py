@@ -84,7 +84,7 @@ def _key_value(text: str) -> str:
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cfg-options``, for tools that read a config and need nothing else of `load_config`."""
+    """Add ``--cfg-options``, for tools that read a config and run in one process."""
     parser.add_argument(
         "--cfg-options",
         nargs="+",
