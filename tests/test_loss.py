@@ -493,6 +493,31 @@ def test_autocast_does_not_change_the_decisions():
 # The module
 
 
+def test_thresh_above_half_keeps_the_decision_and_bounds_the_confidence():
+    """Groups of pixels that look alike, with a share of class 1: what the loss wants as answer."""
+    shares = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    target = (torch.arange(100)[:, None] < (100 * shares).round()).long().T.reshape(1, 400)
+    expected = {
+        (1.0, ()): shares,
+        (0.7, ()): shares.clamp(0.3, 0.7),
+        (0.7, (1,)): shares.clamp(0.3),
+    }
+    for (thresh, always_keep), answer in expected.items():
+        logits = torch.zeros(2, 4, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], 0.02)
+        for _ in range(300):
+            optimizer.zero_grad()
+            ohem_cross_entropy(
+                logits.repeat_interleave(100, 1)[None],
+                target,
+                thresh=thresh,
+                min_kept=0,
+                always_keep=always_keep,
+            ).backward()
+            optimizer.step()
+        torch.testing.assert_close(logits.detach().softmax(0)[1], answer, atol=0.03, rtol=0)
+
+
 def test_module_equals_function():
     logits, target = batch(12)
     weight = torch.rand(target.shape)
