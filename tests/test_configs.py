@@ -406,7 +406,10 @@ def variant_configs(path: Path) -> dict[str, Config]:
 )
 def test_benchmark_variants_train_with_what_they_are_named_after(path: Path) -> None:
     configs = variant_configs(path)
-    around = without_loss(configs["ce"])
+    for name, cfg in configs.items():
+        if rate := re.search(r"-(\de-\d)$", name):
+            assert cfg.optim_wrapper.optimizer.pop("lr") == float(rate[1])
+    around = without_loss(next(iter(configs.values())))
     for name, cfg in configs.items():
         assert without_loss(cfg) == around, name
         height, width = cfg.model.data_preprocessor.size
