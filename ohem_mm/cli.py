@@ -105,13 +105,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
         help="how the processes were started (default: none, one process)",
     )
     # torch.distributed.launch passes one of these, depending on the version; torchrun neither.
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=0, help="set by some launchers"
-    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by some launchers")
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -565,7 +565,7 @@ def test_metafiles_give_the_means_of_the_records() -> None:
             (result,) = model["Results"]
             ((metric, value),) = result["Metrics"].items()
             # The config as it is, up to its length: no variant with options of its own.
-            scores = [
+            by_benchmark = [
                 [
                     record["metrics"][metric]
                     for record in records
@@ -576,5 +576,5 @@ def test_metafiles_give_the_means_of_the_records() -> None:
                 for records in results
             ]
             # One benchmark has seeds enough for a mean; a sweep has one.
-            (scores_of_one,) = [s for s in scores if len(s) >= 3]
-            assert value == pytest.approx(sum(scores_of_one) / len(scores_of_one), abs=0.006)
+            (scores,) = [s for s in by_benchmark if len(s) >= 3]
+            assert value == pytest.approx(sum(scores) / len(scores), abs=0.006)
