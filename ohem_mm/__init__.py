@@ -1,8 +1,9 @@
 """Online hard example mining (OHEM) cross-entropy for OpenMMLab and plain PyTorch."""
 
 from .loss import OhemCrossEntropyLoss, ohem_cross_entropy
+from .rule import OhemRule
 
-__all__ = ["OhemCrossEntropyLoss", "ohem_cross_entropy"]
+__all__ = ["OhemCrossEntropyLoss", "OhemRule", "ohem_cross_entropy"]
 __version__ = "0.1.0"
 
 try:

@@ -9,23 +9,22 @@ uses.
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .mining import OURS, Habits, Pool, keep_mask, share_of, world_size, world_sum
+from .mining import Kept, keep_pixels, share_of, world_size, world_sum
 from .ops import choose_backend, pixel_cross_entropy, triton
-from .presets import preset_settings
+from .presets import preset_rule
+from .rule import OURS, SETTINGS, OhemRule, check_choice, is_int, is_number
 
 Reduction = Literal["none", "mean", "sum"]
-Average = Literal["kept", "valid", "all"]
-Unit = Literal["batch", "image"]
 
 # What other implementations call our settings; used in error messages only.
 _FOREIGN = {
@@ -44,13 +43,7 @@ def ohem_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    thresh: float | None = 0.7,
-    min_kept: int | float = 1 / 16,
-    pool: Pool = "batch",
-    min_kept_per: Unit = "batch",
-    always_keep: Sequence[int] = (),
-    avg: Average = "kept",
-    weighted_mean: bool = False,
+    rule: OhemRule | None = None,
     avg_factor: float | Tensor | None = None,
     ignore_index: int = 255,
     use_sigmoid: bool = False,
@@ -58,14 +51,13 @@ def ohem_cross_entropy(
     label_smoothing: float = 0.0,
     align_corners: bool = False,
     reduction: Reduction = "mean",
-    habits: Habits = OURS,
     stats: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Tensor:
     """Cross-entropy over the hard pixels.
 
-    A valid pixel (its label is not ``ignore_index``) is kept when its true class has probability
-    below ``thresh``. If fewer than ``min_kept`` pixels are hard, the ``min_kept`` hardest are kept,
-    with all ties. The loss is computed in float32 (float64 for float64 logits).
+    Which pixels are kept, and what divides their loss, is the rule of :class:`OhemRule`. The loss
+    is computed in float32 (float64 for float64 logits).
 
     Args:
         logits: Raw scores of any floating dtype, shape (N, C), (N, C, L), (N, C, H, W) or
@@ -73,17 +65,7 @@ def ohem_cross_entropy(
         target: Class index of each pixel, any integer dtype, shape (N, ...) or (N, 1, ...).
         weight: Weight of each pixel, broadcastable to ``target``. It scales the loss; it does not
             take part in mining.
-        thresh: Probability in (0, 1]. None: no threshold, the ``min_kept`` hardest alone.
-        min_kept: Floor: an int in pixels, or a float in [0, 1] as a share of the pool's valid
-            pixels, rounded down.
-        pool: Over what the floor is counted: 'batch', each 'image', each ground-truth 'class', or
-            'world', all ranks of a distributed run together. With 'world' the result, averaged over
-            ranks as DistributedDataParallel averages gradients, is that of one big batch.
-        min_kept_per: 'image' reads an int ``min_kept`` as pixels per image, pooled over the batch.
-        always_keep: Classes whose valid pixels are always kept.
-        avg: Divisor for reduction 'mean': number of 'kept' pixels, of 'valid' pixels, or of 'all'.
-        weighted_mean: Where there are weights, divide by the sum of the weights of the pixels that
-            ``avg`` counts, instead of by their number; ignored pixels weigh nothing.
+        rule: The rule as an object, instead of ``settings``.
         avg_factor: Divisor given by hand; overrides ``avg``.
         ignore_index: Label of pixels that do not count.
         use_sigmoid: Binary cross-entropy: one channel with labels {0, 1}, or C channels against
@@ -93,12 +75,13 @@ def ohem_cross_entropy(
             that is optimised. Mining ignores it.
         align_corners: As in ``torch.nn.functional.interpolate``, when upsampling.
         reduction: 'mean', 'sum', or 'none' for the map with 0 at pixels that are not kept.
-        habits: Ways of other implementations, set by the presets.
-        stats: A dict to be filled: 'num_valid' and 'hits', the number of valid pixels whose class
-            has the highest logit; and the masks 'valid' and 'kept' and the unweighted loss 'mined',
-            each of shape (N, ...). The Triton path has no such maps: where it would be used, they
-            are filled only if the key 'kept' is there already, and another path is used then.
+        stats: A dict to be filled: 'num_valid' and 'hits', the number of valid pixels and of those
+            whose class has the highest logit. Where the key 'kept' is there already, also with maps
+            of shape (N, ...): 'valid', bool; 'kept', the weight of each pixel in [0, 1]; and
+            'mined', its unweighted loss. The Triton path has no such maps; another is used then.
             Nothing is read back to the host.
+        **settings: The rule in keywords: ``thresh``, ``min_kept`` and whatever else
+            :class:`OhemRule` has, with its defaults.
 
     Returns:
         A scalar, or for ``reduction='none'`` a map of shape (N, ...). It is always connected to
@@ -109,31 +92,25 @@ def ohem_cross_entropy(
             is neither a class nor ``ignore_index``.
         TypeError: On logits that are not floating point or labels that are not integers.
     """
-    check_settings(
-        thresh=thresh,
-        min_kept=min_kept,
-        pool=pool,
-        min_kept_per=min_kept_per,
-        always_keep=always_keep,
-        avg=avg,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-    )
+    if rule is None:
+        rule = OhemRule(**settings)
+    elif settings:
+        raise TypeError(f"Give either rule or settings, but got both: {', '.join(settings)}.")
+    _check_options(reduction, label_smoothing, ignore_index)
     if reduction == "sum" and avg_factor is not None:
         raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
     target = _labels(logits, target)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     target = _wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
-    _check_classes(target, valid, num_classes, always_keep, class_weight, ignore_index)
+    _check_classes(target, valid, num_classes, rule, class_weight, ignore_index)
     if weight is not None:
         weight = _drop_channel(weight, target.dim()).expand_as(target)
     if (
         choose_backend(logits, use_sigmoid) == "triton"
         and reduction != "none"
-        and pool != "world"
-        and habits == OURS
+        and rule.pool != "world"
+        and rule.habits == OURS
         and not (stats and "kept" in stats)
     ):
         # One pass from logits to loss; the maps of `stats` do not exist there.
@@ -146,13 +123,7 @@ def ohem_cross_entropy(
             align_corners=align_corners,
             use_sigmoid=use_sigmoid,
             label_smoothing=label_smoothing,
-            thresh=thresh,
-            min_kept=min_kept,
-            pool=pool,
-            min_kept_per=min_kept_per,
-            always_keep=always_keep,
-            avg=avg,
-            weighted_mean=weighted_mean,
+            rule=rule,
             avg_factor=avg_factor,
             class_weight=class_weight,
             reduction=reduction,
@@ -179,21 +150,14 @@ def ohem_cross_entropy(
         scale = weight if scale is None else scale * weight
     if scale is not None:
         loss = loss * scale
-    keep = keep_mask(
-        mined * scale if habits.mine_weighted and scale is not None else mined,
-        target,
-        valid,
-        num_classes,
-        thresh=thresh,
-        min_kept=min_kept,
-        pool=pool,
-        min_kept_per=min_kept_per,
-        always_keep=always_keep,
-        habits=habits,
-    )
-    loss = torch.where(keep, loss, 0)
+    habits = rule.habits
+    mine = mined * scale if habits.mine_weighted and scale is not None else mined
+    kept = keep_pixels(mine, target, valid, rule, num_classes)
+    loss = kept.of(loss)
     if stats is not None and hits is not None:
-        stats.update(hits=hits, num_valid=valid.sum(), valid=valid, kept=keep, mined=mined)
+        stats.update(hits=hits, num_valid=valid.sum())
+        if "kept" in stats:
+            stats.update(valid=valid, kept=kept.weights(mined.dtype), mined=mined)
 
     if reduction == "none":
         return loss
@@ -201,34 +165,41 @@ def ohem_cross_entropy(
     if reduction == "sum":
         return total
     if avg_factor is None:
-        pixels = torch.ones_like(keep) if avg == "all" else keep if avg == "kept" else valid
-        if weighted_mean and scale is not None:
-            divisor = torch.where(pixels & valid, scale, 0).sum()
-        else:
-            divisor = pixels.sum().to(total.dtype)
-        if habits.ignored_take_slots and isinstance(min_kept, float):
-            everything = torch.full_like(divisor, keep.numel(), dtype=torch.long)
-            divisor = torch.maximum(divisor, share_of(everything, min_kept).to(divisor.dtype))
-        divisor = divisor + habits.eps * keep.numel()
-        # Ranks average their gradients afterwards, so each takes its share of the divisor.
-        divisor = world_sum(divisor, pool) / world_size(pool)
+        divisor = _divisor(kept, valid, scale if rule.weighted_mean else None, rule, total)
     else:
         divisor = torch.as_tensor(avg_factor, dtype=total.dtype, device=total.device)
     return total / torch.where(divisor > 0, divisor, 1)
 
 
-def _with_preset(init: Callable[..., None]) -> Callable[..., None]:
-    """Let the settings of ``preset`` stand in for the arguments that were not given."""
+def _divisor(
+    kept: Kept, valid: Tensor, scale: Tensor | None, rule: OhemRule, total: Tensor
+) -> Tensor:
+    """What ``avg`` counts, on all ranks for pool 'world', in the dtype of ``total``, shape ()."""
+    if scale is not None:
+        counted = kept.of(scale) if rule.avg == "kept" else torch.where(valid, scale, 0)
+        divisor = counted.sum()
+    elif rule.avg == "kept":
+        divisor = kept.total(total.dtype)
+    else:
+        divisor = (torch.ones_like(valid) if rule.avg == "all" else valid).sum().to(total.dtype)
+    if rule.habits.ignored_take_slots and isinstance(rule.min_kept, float):
+        everything = torch.full_like(divisor, valid.numel(), dtype=torch.long)
+        divisor = torch.maximum(divisor, share_of(everything, rule.min_kept).to(divisor.dtype))
+    divisor = divisor + rule.habits.eps * valid.numel()
+    # Ranks average their gradients afterwards, so each takes its share of the divisor.
+    return world_sum(divisor, rule.pool) / world_size(rule.pool)
 
-    @functools.wraps(init)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("preset") is not None:
-            given = inspect.signature(init).bind_partial(self, *args, **kwargs).arguments
-            settings = preset_settings(kwargs["preset"])
-            kwargs |= {name: settings[name] for name in settings.keys() - given.keys()}
-        init(self, *args, **kwargs)
 
-    return wrapped
+def _shows_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """Show the fields of the rule, by name, in a signature that takes them as a whole."""
+    signature = inspect.signature(init)
+    first, *own = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    rule = [
+        inspect.Parameter(field.name, first.kind, default=field.default, annotation=str(field.type))
+        for field in fields(OhemRule)
+    ]
+    init.__signature__ = signature.replace(parameters=[first, *rule, *own])  # type: ignore[attr-defined]
+    return init
 
 
 class OhemCrossEntropyLoss(nn.Module):
@@ -237,16 +208,13 @@ class OhemCrossEntropyLoss(nn.Module):
     Importing ``ohem_mm`` registers it in the root registry of OpenMMLab, so that a config of
     mmseg, mmdet or mmpretrain can say ``loss_decode=dict(type='OhemCrossEntropyLoss')``.
 
+    The settings of :class:`OhemRule` (``thresh``, ``min_kept`` and so on) can be given as keywords,
+    or in its order. They are attributes too; all of them together are ``rule``.
+
     Args:
+        *in_order: Settings of the rule, in its order.
         preset: Rule of another implementation, a key of ``ohem_mm.presets.PRESETS``. It replaces
             the defaults; whatever else is given wins.
-        thresh: See :func:`ohem_cross_entropy`, as for all settings that only refer there.
-        min_kept: See :func:`ohem_cross_entropy`.
-        pool: See :func:`ohem_cross_entropy`.
-        min_kept_per: See :func:`ohem_cross_entropy`.
-        always_keep: See :func:`ohem_cross_entropy`.
-        avg: See :func:`ohem_cross_entropy`.
-        weighted_mean: See :func:`ohem_cross_entropy`.
         ignore_index: Label of pixels that do not count. None: the one that the head passes, else
             255.
         use_sigmoid: See :func:`ohem_cross_entropy`.
@@ -258,8 +226,8 @@ class OhemCrossEntropyLoss(nn.Module):
         loss_weight: Factor on the result.
         loss_name: Name in the log. mmseg optimises only entries whose name contains 'loss', so it
             must start with ``loss_``.
-        habits: See :func:`ohem_cross_entropy`.
-        **unknown: Refused, with the name that was probably meant.
+        **settings: Settings of the rule. What is none of them is refused, with the name that was
+            probably meant.
 
     Raises:
         ValueError: On a setting out of range.
@@ -274,16 +242,11 @@ class OhemCrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    @_with_preset
+    @_shows_settings
     def __init__(
         self,
-        thresh: float | None = 0.7,
-        min_kept: int | float = 1 / 16,
-        pool: Pool = "batch",
-        min_kept_per: Unit = "batch",
-        always_keep: Sequence[int] = (),
-        avg: Average = "kept",
-        weighted_mean: bool = False,
+        *in_order: Any,
+        preset: str | None = None,
         ignore_index: int | None = None,
         use_sigmoid: bool = False,
         class_weight: Sequence[float] | str | os.PathLike[str] | None = None,
@@ -292,43 +255,31 @@ class OhemCrossEntropyLoss(nn.Module):
         reduction: Reduction = "mean",
         loss_weight: float = 1.0,
         loss_name: str = "loss_ohem",
-        habits: Habits = OURS,
-        preset: str | None = None,
-        **unknown: Any,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if unknown:
-            raise TypeError(_unknown_keyword(next(iter(unknown))))
-        check_settings(
-            thresh=thresh,
-            min_kept=min_kept,
-            pool=pool,
-            min_kept_per=min_kept_per,
-            always_keep=always_keep,
-            avg=avg,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-        )
+        for name in settings:
+            if name not in SETTINGS:
+                raise TypeError(_unknown_keyword(name))
+        if len(in_order) > len(SETTINGS):
+            raise TypeError(f"At most {len(SETTINGS)} settings go without a name: {SETTINGS}.")
+        for name, value in zip(SETTINGS, in_order, strict=False):
+            if name in settings:
+                raise TypeError(f"{name} is given twice: {value!r} and {settings[name]!r}.")
+            settings[name] = value
+        self.rule = replace(OhemRule() if preset is None else preset_rule(preset), **settings)
+        _check_options(reduction, label_smoothing, ignore_index)
         if not isinstance(loss_name, str) or not loss_name.startswith("loss_"):
             raise ValueError(f"loss_name must start with 'loss_', but got {loss_name!r}.")
-        if not _is_number(loss_weight) or not 0 <= loss_weight < math.inf:
+        if not is_number(loss_weight) or not 0 <= loss_weight < math.inf:
             raise ValueError(f"loss_weight must be a finite number >= 0, but got {loss_weight!r}.")
-        self.thresh = thresh
-        self.min_kept = min_kept
-        self.pool = pool
-        self.min_kept_per = min_kept_per
-        self.always_keep = tuple(always_keep)
-        self.avg = avg
-        self.weighted_mean = weighted_mean
+        self.preset = preset
         self.ignore_index = ignore_index
         self.use_sigmoid = use_sigmoid
         self.label_smoothing = label_smoothing
         self.align_corners = align_corners
         self.reduction = reduction
         self.loss_weight = loss_weight
-        self.habits = habits
-        self.preset = preset
         self._loss_name = loss_name
         # Not persistent: a checkpoint holds the same keys with this loss as with any other.
         weights = None if class_weight is None else torch.tensor(_load_class_weight(class_weight))
@@ -368,13 +319,7 @@ class OhemCrossEntropyLoss(nn.Module):
             pred,
             target,
             weight,
-            thresh=self.thresh,
-            min_kept=self.min_kept,
-            pool=self.pool,
-            min_kept_per=self.min_kept_per,
-            always_keep=self.always_keep,
-            avg=self.avg,
-            weighted_mean=self.weighted_mean,
+            rule=self.rule,
             avg_factor=avg_factor,
             ignore_index=255 if ignore_index is None else ignore_index,
             use_sigmoid=self.use_sigmoid,
@@ -382,7 +327,6 @@ class OhemCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             align_corners=self.align_corners if align_corners is None else align_corners,
             reduction=self.reduction if reduction_override is None else reduction_override,
-            habits=self.habits,
             stats=stats,
         )
         return self.loss_weight * loss
@@ -417,56 +361,29 @@ class OhemCrossEntropyLoss(nn.Module):
         return ", ".join(name for name in shown if not name.startswith(("self=", "unknown=")))
 
 
-def check_settings(
-    *,
-    thresh: float | None,
-    min_kept: int | float,
-    pool: str,
-    min_kept_per: str,
-    always_keep: Sequence[int],
-    avg: str,
-    reduction: str,
-    label_smoothing: float,
-    ignore_index: int | None,
-) -> None:
-    """Raise ValueError or TypeError, naming the value and what is allowed, on a bad setting."""
-    if thresh is not None and not (_is_number(thresh) and 0 < thresh <= 1):
-        raise ValueError(f"thresh must be None or a probability in (0, 1], but got {thresh!r}.")
-    if not _is_number(min_kept):
-        raise TypeError(
-            f"min_kept must be an int (pixels) or a float (share of the valid pixels), but got "
-            f"{min_kept!r}."
-        )
-    if not min_kept >= 0 or (isinstance(min_kept, float) and min_kept > 1):
-        raise ValueError(
-            f"min_kept must be an int >= 0 (pixels) or a float in [0, 1] (share of the valid "
-            f"pixels), but got {min_kept!r}."
-        )
-    for name, value, allowed in (
-        ("pool", pool, get_args(Pool)),
-        ("min_kept_per", min_kept_per, get_args(Unit)),
-        ("avg", avg, get_args(Average)),
-        ("reduction", reduction, get_args(Reduction)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
-    if isinstance(always_keep, str) or not isinstance(always_keep, Sequence):
-        raise TypeError(f"always_keep must be a list of class indices, but got {always_keep!r}.")
-    for cls in always_keep:
-        if not _is_int(cls) or cls < 0:
-            raise ValueError(f"always_keep must hold class indices >= 0, but got {cls!r}.")
-    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+def _setting(name: str) -> property:
+    """A setting of the rule as an attribute of the loss; setting it makes a new rule."""
+
+    def get(loss: OhemCrossEntropyLoss) -> Any:
+        return getattr(loss.rule, name)
+
+    def set_(loss: OhemCrossEntropyLoss, value: Any) -> None:
+        loss.rule = replace(loss.rule, **{name: value})
+
+    return property(get, set_)
+
+
+for _name in SETTINGS:
+    setattr(OhemCrossEntropyLoss, _name, _setting(_name))
+
+
+def _check_options(reduction: str, label_smoothing: float, ignore_index: int | None) -> None:
+    """Raise ValueError or TypeError, naming the value and what is allowed, on a bad option."""
+    check_choice("reduction", reduction, get_args(Reduction))
+    if not is_number(label_smoothing) or not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), but got {label_smoothing!r}.")
-    if ignore_index is not None and not _is_int(ignore_index):
+    if ignore_index is not None and not is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int or None, but got {ignore_index!r}.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unknown_keyword(name: str) -> str:
@@ -547,12 +464,12 @@ def _check_classes(
     target: Tensor,
     valid: Tensor,
     num_classes: int,
-    always_keep: Sequence[int],
+    rule: OhemRule,
     class_weight: Tensor | None,
     ignore_index: int,
 ) -> None:
     """Check what depends on the number of classes."""
-    for cls in always_keep:
+    for cls in rule.always_keep:
         if cls >= num_classes:
             raise ValueError(f"always_keep names class {cls}, but there are {num_classes} classes.")
     if class_weight is not None and class_weight.shape != (num_classes,):

@@ -1,22 +1,22 @@
 """Which pixels are kept: pure functions of the detached per-pixel loss.
 
 A pixel is *hard* when its loss exceeds ``-log(thresh)``. Where fewer than ``k`` pixels of a pool
-are hard, the *floor* keeps every pixel whose loss is at least the k-th largest of that pool. All
-tensors keep their shapes, so nothing here reads a value back to the host on an accelerator.
+are hard, the *floor* keeps the k hardest of that pool; pixels tied at the k-th value share the
+places that are left. All tensors keep their shapes, so nothing here reads a value back to the host
+on an accelerator.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Pool = Literal["batch", "image", "class", "world"]
+from .rule import OhemRule, Pool
 
 # Bits of one radix digit: 2048 bins find a float32 in three passes.
 _DIGIT = 11
@@ -25,40 +25,34 @@ _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 
 
-class Habits(NamedTuple):
-    """Ways of other implementations that a preset keeps; see ``ohem_mm.presets``.
+class Kept(NamedTuple):
+    """What is trained on.
 
     Attributes:
-        one_less: The floor keeps k - 1 pixels where the pool has more than k.
-        zero_keeps_all: ``min_kept=0`` turns mining off and keeps every valid pixel.
-        ignored_take_slots: Ignored pixels count in a share and in the divisor.
-        mine_weighted: Mining looks at the loss after weighting.
-        eps: The divisor grows by ``eps`` times the number of all pixels.
+        mask: Bool, shape (N, ...): the pixels with a weight above 0.
+        share: Weight of each of them, in (0, 1], in the dtype of the loss; below 1 at pixels that
+            are tied at the k-th value. None: all weigh 1. Undefined outside the mask.
     """
 
-    one_less: bool = False
-    zero_keeps_all: bool = False
-    ignored_take_slots: bool = False
-    mine_weighted: bool = False
-    eps: float = 0.0
+    mask: Tensor
+    share: Tensor | None
+
+    def of(self, values: Tensor) -> Tensor:
+        """``values`` times the weights of the pixels; 0 where a pixel is not kept."""
+        return torch.where(self.mask, values if self.share is None else values * self.share, 0)
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """Weight of each pixel, in [0, 1]."""
+        return self.mask.to(dtype) if self.share is None else self.of(self.share.new_ones(()))
+
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """Sum of the weights: the number of pixels kept, shape ()."""
+        return (self.mask if self.share is None else self.weights(dtype)).sum().to(dtype)
 
 
-OURS = Habits()
-
-
-def keep_mask(
-    loss: Tensor,
-    target: Tensor,
-    valid: Tensor,
-    num_classes: int,
-    *,
-    thresh: float | None,
-    min_kept: int | float,
-    pool: Pool = "batch",
-    min_kept_per: Literal["batch", "image"] = "batch",
-    always_keep: Sequence[int] = (),
-    habits: Habits = OURS,
-) -> Tensor:
+def keep_pixels(
+    loss: Tensor, target: Tensor, valid: Tensor, rule: OhemRule, num_classes: int
+) -> Kept:
     """Decide which pixels are trained on.
 
     Args:
@@ -67,33 +61,29 @@ def keep_mask(
         target: Class index of each pixel, any integer dtype, shape (N, ...), in [0, num_classes)
             where valid.
         valid: Bool, shape (N, ...); False at ignored pixels, which are never kept.
+        rule: What decides.
         num_classes: Number of classes, C.
-        thresh: Probability below which a pixel is hard, in (0, 1]. None: no threshold, pure top-k.
-        min_kept: Floor k. An int counts pixels, a float is a share of the pool's valid pixels,
-            rounded down.
-        pool: Over what the floor is counted: 'batch', each 'image', each ground-truth 'class', or
-            'world' (the batches of all ranks of the default process group together).
-        min_kept_per: 'image' multiplies an int ``min_kept`` by N; for pools 'batch' and 'world'.
-        always_keep: Classes whose valid pixels are always kept.
-        habits: Deviations from this rule that a preset asks for.
 
     Returns:
-        Bool mask of kept pixels, shape (N, ...).
+        The pixels that are kept, with their weights.
     """
-    if habits.zero_keeps_all and not min_kept:
-        return valid
+    if rule.habits.zero_keeps_all and not rule.min_kept:
+        return Kept(valid, None)
     # NaN sorts as the largest; abs() clears the sign of -0.0, whose bits would not be ordered.
     rank = loss.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    keep = valid & rank.isinf()
-    if thresh is not None:
-        keep = keep | (valid & (rank > -math.log(thresh)))
-    if min_kept:
-        keep = keep | _below_floor(
-            rank, target, valid, keep, num_classes, min_kept, pool, min_kept_per, habits
-        )
-    for cls in always_keep:
-        keep = keep | (valid & (target == cls))
-    return keep
+    hard = valid & rank.isinf()
+    if rule.thresh is not None:
+        hard = hard | (valid & (rank > -math.log(rule.thresh)))
+    sure = hard
+    for cls in rule.always_keep:
+        sure = sure | (valid & (target == cls))
+    if not rule.min_kept:
+        return Kept(sure, None)
+    floor = _floor(rank, target, valid, hard, rule, num_classes)
+    if floor is None:
+        return Kept(sure, None)
+    reached, share = floor
+    return Kept(sure | reached, None if share is None else torch.where(sure, 1, share))
 
 
 def world_sum(value: Tensor, pool: Pool) -> Tensor:
@@ -119,18 +109,16 @@ def share_of(count: Tensor, share: float) -> Tensor:
     return count * exact.numerator // exact.denominator
 
 
-def _below_floor(
-    rank: Tensor,
-    target: Tensor,
-    valid: Tensor,
-    hard: Tensor,
-    num_classes: int,
-    min_kept: int | float,
-    pool: Pool,
-    min_kept_per: str,
-    habits: Habits,
-) -> Tensor:
-    """Pixels that the floor keeps: those at or above the k-th largest of a pool short of k."""
+def _floor(
+    rank: Tensor, target: Tensor, valid: Tensor, hard: Tensor, rule: OhemRule, num_classes: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """What the floor keeps: pixels at or above the k-th largest of a pool that is short of k.
+
+    Returns:
+        None where no pool is short of k and a look is free; else the mask of those pixels and
+        their weights as in :class:`Kept`.
+    """
+    pool, min_kept = rule.pool, rule.min_kept
     # `group` broadcasts against the pixels: which pool a pixel belongs to.
     if pool == "image":
         num_groups = len(rank)
@@ -143,21 +131,27 @@ def _below_floor(
     num_valid = world_sum(_count(valid, group, num_groups), pool)
     if isinstance(min_kept, float):
         base = num_valid
-        if habits.ignored_take_slots:
+        if rule.habits.ignored_take_slots:
             base = world_sum(_count(torch.ones_like(valid), group, num_groups), pool)
         k = share_of(base, min_kept)
     else:
         images = torch.tensor([len(rank)], device=rank.device)
-        per_image = min_kept_per == "image" and pool in ("batch", "world")
+        per_image = rule.min_kept_per == "image" and pool in ("batch", "world")
         k = (world_sum(images, pool) if per_image else torch.ones_like(images)) * min_kept
-    if habits.one_less:
+    if rule.habits.one_less:
         k = torch.where(num_valid > k, k - 1, k)
     k = torch.minimum(k, num_valid)
     short = world_sum(_count(hard, group, num_groups), pool) < k
-    if rank.device.type == "cpu" and not torch.compiler.is_compiling() and not short.any():
-        return torch.zeros_like(valid)  # on the CPU a look costs nothing and saves the search
-    kth = _kth_largest(rank, valid, group, num_groups, k, pool)
-    return valid & short[group] & (rank >= kth[group])
+    # On the CPU a look costs nothing: it saves the search, and the map of weights without ties.
+    look = rank.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and not short.any():
+        return None
+    kth, left, ties = _kth_largest(rank, valid, group, num_groups, k, pool)
+    reached = valid & short[group] & (rank >= kth[group])
+    if look and not (short & (left < ties)).any():
+        return reached, None
+    weight = left.to(rank.dtype) / ties.clamp_min(1)
+    return reached, torch.where(rank == kth[group], weight[group], 1)
 
 
 def _count(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -171,8 +165,8 @@ def _count(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 def _kth_largest(
     values: Tensor, valid: Tensor, group: Tensor, num_groups: int, k: Tensor, pool: Pool
-) -> Tensor:
-    """Exact k-th largest value of each group, by radix select.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact k-th largest value of each group, and the ties at it, by radix select.
 
     Non-negative floats are ordered as their bit patterns are. Each pass histograms one digit of
     the values that share the digits found so far and walks down from the top bin to the k-th. Sums
@@ -189,13 +183,15 @@ def _kth_largest(
         pool: 'world' adds the histograms of all ranks.
 
     Returns:
-        The k-th largest values, shape (G,), in the dtype of ``values``.
+        Each of shape (G,): the k-th largest values, in the dtype of ``values``; how many of the k
+        places are left for pixels of exactly that value; and how many such pixels there are.
     """
     bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
     # Two dimensions, (N, pixels), so that slices of the second walk over all pixels in chunks.
     bits, valid, group = (t.flatten(1) if t.dim() > 1 else t[:, None] for t in (bits, valid, group))
     step = max(1, _CHUNK.get(bits.device.type, _CHUNK_ELSEWHERE) // max(1, len(bits)))
     prefix = torch.zeros(num_groups, dtype=bits.dtype, device=bits.device)
+    inside = k[:, None]
     shift = bits.element_size() * 8 - 1  # the sign bit is 0
     while shift:
         width = min(_DIGIT, shift)
@@ -214,4 +210,4 @@ def _kth_largest(
         inside = hist.flip(1).gather(1, place[:, None])
         k = k - (above.gather(1, place[:, None]) - inside).squeeze(1)
         prefix = (prefix << width) | (bins - 1 - place).to(bits.dtype)
-    return prefix.view(values.dtype)
+    return prefix.view(values.dtype), k, inside.squeeze(1)

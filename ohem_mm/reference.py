@@ -39,7 +39,7 @@ def pixel_losses(
     return -torch.where(soft > 0, soft * log_p, 0).sum(1)  # a class may have probability 0
 
 
-def kept_pixels(
+def kept_weights(
     losses: Sequence[float],
     target: Sequence[int],
     image: Sequence[int],
@@ -50,8 +50,8 @@ def kept_pixels(
     min_kept_per: str = "batch",
     always_keep: Sequence[int] = (),
     images: int = 1,
-) -> list[bool]:
-    """Decide for each of the VALID pixels whether it is kept.
+) -> list[float]:
+    """Decide for each of the VALID pixels with what weight it is kept.
 
     Args:
         losses: Unweighted loss of each valid pixel.
@@ -65,7 +65,7 @@ def kept_pixels(
         images: Number of images in the batch, N.
 
     Returns:
-        One bool for each valid pixel.
+        The weight of each valid pixel, in [0, 1].
     """
     losses = [math.inf if math.isnan(loss) else loss for loss in losses]
     pools: dict[int, list[int]] = {}
@@ -73,7 +73,7 @@ def kept_pixels(
         key = {"batch": 0, "world": 0, "image": image[pixel], "class": target[pixel]}[pool]
         pools.setdefault(key, []).append(pixel)
 
-    keep = [False] * len(losses)
+    keep = [0.0] * len(losses)
     for members in pools.values():
         hard = [i for i in members if thresh is not None and losses[i] > -math.log(thresh)]
         if isinstance(min_kept, float):
@@ -82,18 +82,20 @@ def kept_pixels(
             k = min_kept * images
         else:
             k = min_kept
-        chosen = hard
-        if k > 0 and len(hard) < k:
-            if len(members) <= k:
-                chosen = members
-            else:
-                kth = sorted((losses[i] for i in members), reverse=True)[k - 1]
-                chosen = [i for i in members if losses[i] >= kth]
-        for i in chosen:
-            keep[i] = True
+        for i in hard:
+            keep[i] = 1.0
+        if len(hard) < k:
+            k = min(k, len(members))
+            kth = sorted((losses[i] for i in members), reverse=True)[k - 1]
+            above = [i for i in members if losses[i] > kth]
+            tied = [i for i in members if losses[i] == kth]
+            for i in above:
+                keep[i] = 1.0
+            for i in tied:
+                keep[i] = (k - len(above)) / len(tied)
     for i in range(len(losses)):
         if target[i] in always_keep or math.isinf(losses[i]):
-            keep[i] = True
+            keep[i] = 1.0
     return keep
 
 
@@ -135,7 +137,7 @@ def ohem_cross_entropy(
     options = {"use_sigmoid": use_sigmoid}
     mined = pixel_losses(flat[places].detach(), classes, **options)
     losses = pixel_losses(flat[places], classes, label_smoothing=label_smoothing, **options)
-    keep = kept_pixels(
+    keep = kept_weights(
         mined.tolist(),
         classes.tolist(),
         image,
@@ -152,21 +154,22 @@ def ohem_cross_entropy(
         scale = scale * class_weight.double()[classes]
     if weight is not None:
         scale = scale * weight.double().reshape(target.shape).reshape(-1)[places]
-    chosen = [i for i, kept in enumerate(keep) if kept]
+    share = torch.tensor(keep, dtype=torch.float64)
+    chosen = [i for i, kept in enumerate(keep) if kept]  # so that no NaN is multiplied by 0
     if reduction == "none":
         out = torch.zeros(len(labels), dtype=torch.float64)
         index = torch.tensor([places[i] for i in chosen], dtype=torch.long)
-        return out.index_add(0, index, (scale * losses)[chosen]).view(target.shape)
-    total = (scale * losses)[chosen].sum()
+        return out.index_add(0, index, (share * scale * losses)[chosen]).view(target.shape)
+    total = (share * scale * losses)[chosen].sum()
     if not chosen:
         total = total + 0 * logits.nan_to_num(0, 0, 0).sum()
     if reduction == "sum":
         return total
     if avg_factor is None:
-        divisors = {"kept": len(chosen), "valid": len(places), "all": len(labels)}
+        divisors = {"kept": float(share.sum()), "valid": len(places), "all": len(labels)}
         avg_factor = float(divisors[avg])
         if weighted_mean and (class_weight is not None or weight is not None):
-            avg_factor = float((scale[chosen] if avg == "kept" else scale).sum())
+            avg_factor = float((share * scale if avg == "kept" else scale).sum())
     return total / avg_factor if avg_factor > 0 else total
 
 

@@ -11,7 +11,7 @@ import copy
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cv2
@@ -72,7 +72,7 @@ class MinedImage:
         prediction: Predicted class, int64, shape (H, W).
         loss: Unweighted loss of each pixel, float32, shape (H, W).
         valid: Bool, shape (H, W): pixels that are not ignored.
-        kept: Bool, shape (H, W): pixels that are trained on.
+        kept: Weight of each pixel in training, in [0, 1], shape (H, W).
     """
 
     name: str
@@ -81,7 +81,7 @@ class MinedImage:
     prediction: npt.NDArray[np.int64]
     loss: npt.NDArray[np.float32]
     valid: Mask
-    kept: Mask
+    kept: npt.NDArray[np.float32]
 
     @property
     def mean_loss(self) -> float:
@@ -102,18 +102,20 @@ class ClassCounts:
 
     Attributes:
         pixels: Valid pixels of each class, int64, shape (C,).
-        mined: Mined pixels of each class, int64, shape (C,).
+        mined: Mined pixels of each class, by weight, float64, shape (C,).
     """
 
     def __init__(self, num_classes: int) -> None:
         self.pixels = np.zeros(num_classes, np.int64)
-        self.mined = np.zeros(num_classes, np.int64)
+        self.mined = np.zeros(num_classes)
 
     def add(self, shot: MinedImage) -> ClassCounts:
         """Count the pixels of one image."""
         size = len(self.pixels)
         self.pixels += np.bincount(shot.label[shot.valid], minlength=size)
-        self.mined += np.bincount(shot.label[shot.kept], minlength=size)
+        self.mined += np.bincount(
+            shot.label[shot.valid], weights=shot.kept[shot.valid], minlength=size
+        )
         return self
 
     @property
@@ -199,7 +201,7 @@ def mine_sample(
                 sample.pred_sem_seg.data[0].long(),
                 stats["mined"][0].float(),
                 stats["valid"][0],
-                stats["kept"][0],
+                stats["kept"][0].float(),
             )
         ),
     )
@@ -217,11 +219,11 @@ def for_one_image(loss: OhemCrossEntropyLoss, batch_size: int) -> OhemCrossEntro
         The copy; its pool is the image, or each class of it.
     """
     loss = copy.copy(loss)
-    per_image = loss.pool == "image" or (loss.min_kept_per == "image" and loss.pool != "class")
-    if isinstance(loss.min_kept, int) and not per_image:
-        loss.min_kept = -(-loss.min_kept // batch_size)
-    if loss.pool != "class":
-        loss.pool = "image"
+    rule = loss.rule
+    per_image = rule.pool == "image" or (rule.min_kept_per == "image" and rule.pool != "class")
+    if isinstance(rule.min_kept, int) and not per_image:
+        rule = replace(rule, min_kept=-(-rule.min_kept // batch_size))
+    loss.rule = rule if rule.pool == "class" else replace(rule, pool="image")
     return loss
 
 
@@ -320,7 +322,7 @@ def panels(shot: MinedImage, colours: UInt8, show_data: bool = True) -> dict[str
         grey = colours[prediction] * 0.35
     out[_PREDICTION] = _number(colours[prediction], prediction)
     out["loss"] = loss
-    share = _resize(shot.kept.astype(np.float32), width, height)[..., None]
+    share = _resize(shot.kept, width, height)[..., None]
     out[_MINED] = (grey * (1 - share) + np.array(MINED) * share).astype(np.uint8)
     for title in {"loss", _MINED, _LABEL} & out.keys():
         out[title] = np.where(ignored[..., None], _stripes(height, width), out[title])
@@ -413,7 +415,7 @@ def board(
     font = max(13, wide // 40)
     line, gap = round(font * 1.5), font
     entries = _entries(shot, names, show_data)
-    legend = _Legend(entries, colours, loss.thresh, font, line)
+    legend = _Legend(entries, colours, loss.rule.thresh, font, line)
 
     step = max(wide, 8 * font) + gap
     width = gap + max(3 * step, 2 * legend.column + gap)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ohem_mm.config import config_path
-from ohem_mm.mining import keep_mask
+from ohem_mm.mining import keep_pixels
+from ohem_mm.rule import OhemRule
 
 pytest.importorskip("mmseg")
 pytest.importorskip("rich")
@@ -173,8 +174,10 @@ def test_floor_agrees_with_the_loss(choose, pool, min_kept, thresh):
         valid = target != 255
         counts.add(loss, valid, torch.where(valid, target, 0), 5)  # class 4 is absent
         settings = {"thresh": thresh, "min_kept": min_kept, "pool": pool}
-        mask = keep_mask(loss, target, valid, 5, **settings)
-        hard = keep_mask(loss, target, valid, 5, **{**settings, "min_kept": 0})
+        mask, hard = (
+            keep_pixels(loss, target, valid, OhemRule(**{**settings, **other}), 5).mask
+            for other in ({}, {"min_kept": 0})
+        )
         kept += int(mask.sum())
         valid_pixels += int(valid.sum())
         image = torch.arange(3)[:, None, None].expand(3, 5, 6)

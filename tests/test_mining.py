@@ -1,4 +1,4 @@
-"""Selection alone: ``mining.keep_mask`` against the oracle on the same losses, bit for bit."""
+"""Selection alone: ``mining.keep_pixels`` against the oracle on the same losses."""
 
 import math
 
@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ohem_mm import reference
-from ohem_mm.mining import keep_mask
+from ohem_mm.mining import keep_pixels
+from ohem_mm.rule import OhemRule
 
 # Few distinct values, so that ties are the rule; -log(0.7) sits exactly on a threshold.
 GRID = [0.0, -0.0, 1e-30, 0.1, -math.log(0.7), 0.36, 0.7, 2.0, 50.0, math.inf, math.nan]
@@ -45,8 +46,16 @@ def problems(draw):
     return tensors, classes, rule
 
 
+def weights(loss, target, valid, classes, **rule):
+    kept = keep_pixels(loss, target, valid, OhemRule(**rule), classes)
+    found = kept.weights(loss.dtype)
+    assert torch.equal(found > 0, kept.mask)
+    torch.testing.assert_close(kept.total(loss.dtype), found.sum())
+    return found
+
+
 def oracle(loss, target, valid, rule):
-    """The oracle's decisions, as a mask; on losses rounded as the threshold is."""
+    """The oracle's weights; on losses rounded as the threshold is."""
     places = valid.flatten().nonzero().flatten().tolist()
     thresh = rule["thresh"]
     losses = loss.flatten()[places].double()
@@ -55,19 +64,19 @@ def oracle(loss, target, valid, rule):
         limit = torch.tensor(-math.log(thresh), dtype=torch.float32)
         losses[losses == limit.double()] = -math.log(thresh)
     image = [place // max(1, loss[0].numel()) for place in places]
-    kept = reference.kept_pixels(
+    kept = reference.kept_weights(
         losses.tolist(), target.flatten()[places].tolist(), image, images=len(loss), **rule
     )
-    mask = torch.zeros(loss.numel(), dtype=torch.bool)
-    mask[places] = torch.tensor(kept, dtype=torch.bool)
-    return mask.view(loss.shape)
+    out = torch.zeros(loss.numel(), dtype=loss.dtype)
+    out[places] = torch.tensor(kept, dtype=loss.dtype)
+    return out.view(loss.shape)
 
 
 @settings(max_examples=1500)
 @given(problems())
 def test_equals_oracle(problem):
     (loss, target, valid), classes, rule = problem
-    kept = keep_mask(loss, target, valid, classes, **rule)
+    kept = weights(loss, target, valid, classes, **rule)
     assert torch.equal(kept, oracle(loss, target, valid, rule)), rule
 
 
@@ -79,9 +88,9 @@ def test_order_of_pixels_is_irrelevant(problem, random):
         rule["pool"] = "batch"
     order = list(range(loss.numel()))
     random.shuffle(order)
-    kept = keep_mask(loss, target, valid, classes, **rule)
+    kept = weights(loss, target, valid, classes, **rule)
     shuffled = [t.flatten()[order].view(loss.shape) for t in (loss, target, valid)]
-    assert torch.equal(keep_mask(*shuffled, classes, **rule).flatten(), kept.flatten()[order])
+    assert torch.equal(weights(*shuffled, classes, **rule).flatten(), kept.flatten()[order])
 
 
 @settings(max_examples=300)
@@ -90,9 +99,14 @@ def test_floor_is_met_and_ignored_pixels_stay_out(problem):
     (loss, target, valid), classes, rule = problem
     rule["pool"], k = "batch", 5
     rule["min_kept"], rule["min_kept_per"] = k, "batch"
-    kept = keep_mask(loss, target, valid, classes, **rule)
-    assert not (kept & ~valid).any()
-    assert kept.sum() >= min(k, int(valid.sum()))
+    kept = weights(loss, target, valid, classes, **rule)
+    assert not kept[~valid].any()
+    k = min(k, int(valid.sum()))
+    assert kept.sum() >= k * (1 - 1e-6)
+    sure = weights(loss, target, valid, classes, **{**rule, "min_kept": 0})
+    if not rule["always_keep"] and sure.sum() < k:
+        # Where the floor decides, the weights are k in sum, however many pixels are tied.
+        torch.testing.assert_close(kept.sum(), torch.tensor(k, dtype=kept.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -102,13 +116,14 @@ def test_kth_value_is_exact_on_many_pixels(dtype):
     valid = torch.rand(4, 30_000, generator=generator) < 0.7
     target = torch.zeros(4, 30_000, dtype=torch.long)
     for k in (1, 2, 4999, 60_000):
-        kept = keep_mask(loss, target, valid, 1, thresh=None, min_kept=k)
+        kept = weights(loss, target, valid, 1, thresh=None, min_kept=k)
         kth = loss[valid].topk(k).values[-1]
-        assert torch.equal(kept, valid & (loss >= kth))
+        assert torch.equal(kept > 0, valid & (loss >= kth))
+        torch.testing.assert_close(kept.sum(), torch.tensor(k, dtype=dtype))
 
 
 def test_share_is_exact_where_floats_are_not():
     loss = torch.arange(100.0).view(1, 100)
     target, valid = torch.zeros(1, 100, dtype=torch.long), torch.ones(1, 100, dtype=torch.bool)
     assert 100 * 0.29 < 29  # the trap
-    assert keep_mask(loss, target, valid, 1, thresh=None, min_kept=0.29).sum() == 29
+    assert weights(loss, target, valid, 1, thresh=None, min_kept=0.29).sum() == 29

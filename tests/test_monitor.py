@@ -18,7 +18,7 @@ from ohem_mm import OhemCrossEntropyLoss
 from ohem_mm.cli import allow_mmengine_checkpoints
 from ohem_mm.hooks import OhemMonitorHook
 from ohem_mm.hooks.monitor import SCALARS, class_shares, combine, describe, read, summarize
-from ohem_mm.reference import kept_pixels, pixel_losses
+from ohem_mm.reference import kept_weights, pixel_losses
 
 MONITOR = {"type": "OhemMonitorHook"}
 SIX = {f"train/ohem/decode_head/{what}" for what in SCALARS}
@@ -44,7 +44,7 @@ def expected(loss, logits, target):
     losses = pixel_losses(flat, label, use_sigmoid=loss.use_sigmoid).tolist()
     labels, images = label.tolist(), image.tolist()
     settings = {"thresh": loss.thresh, "pool": loss.pool, "min_kept": loss.min_kept}
-    kept = kept_pixels(
+    kept = kept_weights(
         losses,
         labels,
         images,
@@ -64,8 +64,9 @@ def expected(loss, logits, target):
         reached.append(loss.thresh)
     out["thresh_effective"] = max(reached)
     for name, side in (("loss_kept", True), ("loss_dropped", False)):
-        some = [p[0] for p in pixels if p[3] is side]
-        out[name] = sum(some) / len(some) if some else 0.0
+        some = [(p[0], p[3] if side else 1 - p[3]) for p in pixels]
+        weight = sum(w for _, w in some)
+        out[name] = sum(loss * w for loss, w in some if w) / weight if weight else 0.0
     for place in range(max(2, classes)):
         own = [p[3] for p in pixels if p[1] == place]
         if own:
@@ -226,8 +227,8 @@ def test_with_several_losses_the_log_stays_short():
     ((_, written),) = runner.written
     assert written["train/ohem/decode_head/floor_active"] == 0
     assert written["train/ohem/aux/floor_active"] == 1
-    # Ties at the floor are all kept.
-    assert written["train/ohem/aux/kept_share_0"] == 1
+    # Ties at the floor share the places that are left.
+    assert written["train/ohem/aux/kept_share_0"] == 0.5
     assert runner.message_hub.get_scalar("train/ohem/aux/thresh_effective").current() == (
         pytest.approx(0.8)
     )

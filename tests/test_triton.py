@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ohem_mm import OhemCrossEntropyLoss, reference
 from ohem_mm.ops import choose_backend
+from ohem_mm.rule import SETTINGS, OhemRule
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 kernels = pytest.importorskip("ohem_mm.ops.triton")
@@ -48,6 +49,13 @@ DEFAULTS = {
 }
 
 
+def kernel_arguments(rule):
+    """The keywords of ``kernels.ohem``, which takes what decides as one object."""
+    rule = DEFAULTS | rule
+    decides = {name: rule.pop(name) for name in SETTINGS if name in rule}
+    return {"rule": OhemRule(**decides), **rule}
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several programs, tiles and overlaps even on tiny maps."""
@@ -66,7 +74,12 @@ def ours(logits, target, weight=None, **rule):
     if rule["class_weight"] is not None:
         rule["class_weight"] = rule["class_weight"].to(DEVICE)
     loss, hits, valid = kernels.ohem(
-        logits, target.to(DEVICE), weight, size=tuple(target.shape[1:]), with_hits=True, **rule
+        logits,
+        target.to(DEVICE),
+        weight,
+        size=tuple(target.shape[1:]),
+        with_hits=True,
+        **kernel_arguments(rule),
     )
     (loss * 2).backward()
     return loss.detach().cpu(), logits.grad.cpu() / 2, int(hits), int(valid)
@@ -370,7 +383,7 @@ def test_two_runs_give_the_same_bits(small_tiles):
 def test_second_derivatives_are_refused():
     logits, target = batch(11, (1, 2, 2, 2), (4, 4))
     logits = logits.to(DEVICE).requires_grad_()
-    loss, *_ = kernels.ohem(logits, target.to(DEVICE), None, size=(4, 4), **DEFAULTS)
+    loss, *_ = kernels.ohem(logits, target.to(DEVICE), None, size=(4, 4), **kernel_arguments({}))
     (grad,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -538,7 +551,7 @@ def dry_run(shape, size, dtype=torch.float32, kind=torch.int64, weight=False, **
     weight = torch.empty(target.shape, device="meta") if weight else None
     inputs = {id(t.untyped_storage()) for t in (logits, target)}
     with Allocations() as allocations:
-        loss, *_ = kernels.ohem(logits, target, weight, size=size, **DEFAULTS | rule)
+        loss, *_ = kernels.ohem(logits, target, weight, size=size, **kernel_arguments(rule))
         loss.backward()
     assert logits.grad.shape == logits.shape
     storages = allocations.storages.items()
@@ -598,7 +611,7 @@ def test_the_host_never_waits_and_a_graph_can_be_captured():
     expected = ours(logits.detach(), target)
 
     def step():
-        loss, *_ = kernels.ohem(logits, target, None, size=(128, 128), **DEFAULTS)
+        loss, *_ = kernels.ohem(logits, target, None, size=(128, 128), **kernel_arguments({}))
         return loss, torch.autograd.grad(loss, logits)[0]
 
     step()  # compiles

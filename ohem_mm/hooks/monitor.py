@@ -162,7 +162,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                 )
                 continue
             total = combine([[next(numbers) for _ in range(len(reading))] for reading in several])
-            values = summarize(total, self._losses[name].thresh)
+            values = summarize(total, self._losses[name].rule.thresh)
             if not values:
                 continue
             shares = class_shares(total)
@@ -211,7 +211,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
         self, runner: Any, name: str, values: dict[str, float], total: Sequence[float]
     ) -> None:
         """Count how often in a row mining was in vain, and warn where that is `patience` times."""
-        thresh, min_kept = self._losses[name].thresh, self._losses[name].min_kept
+        thresh, min_kept = self._losses[name].rule.thresh, self._losses[name].min_kept
         everything = total[_KEPT] == total[_VALID]
         floor_alone = values.get("floor_active") == 1 and not everything
         times = f"in the last {self.patience} measurements"
@@ -289,7 +289,7 @@ def read(
         loss: The loss that was called.
         logits: Its logits, shape (N, C, ...).
         target: Its labels, shape (N, ...) or (N, 1, ...), not empty.
-        stats: What it filled in: 'valid', 'kept' (bool) and 'mined', each of shape (N, ...).
+        stats: What it filled in: 'valid', 'kept' (weights) and 'mined', each of shape (N, ...).
 
     Returns:
         The numbers that all values follow from, shape (8 + 2 C,).
@@ -299,36 +299,38 @@ def read(
     label = torch.where(valid, target.reshape(valid.shape), classes)
     # NaN is mined as the hardest.
     rank = mined.nan_to_num(nan=math.inf, posinf=math.inf)
-    limit = math.inf if loss.thresh is None else -math.log(loss.thresh)
+    rule = loss.rule
+    limit = math.inf if rule.thresh is None else -math.log(rule.thresh)
     hard = valid & (rank > limit)
-    lifted = kept & ~hard  # by the floor
-    for place in loss.always_keep:
+    lifted = (kept > 0) & ~hard  # by the floor
+    for place in rule.always_keep:
         lifted &= label != place
 
-    def of_each_class(mask: Tensor) -> Tensor:
+    # Counts of pixels need more than the 24 bits of float32, which is all that MPS has.
+    dtype = torch.float32 if mined.device.type == "mps" else torch.float64
+
+    def of_each_class(weights: Tensor) -> Tensor:
         # The last bin collects the rest.
-        where = torch.where(mask, label, classes).flatten()
-        return torch.bincount(where, minlength=classes + 1)[:classes]
+        sums = torch.zeros(classes + 1, dtype=dtype, device=label.device)
+        return sums.index_add_(0, label.flatten(), weights.flatten().to(dtype))[:classes]
 
     valid_of_class = of_each_class(valid)
-    if loss.pool == "class":
+    if rule.pool == "class":
         pools, floors = valid_of_class > 0, of_each_class(lifted) > 0
-    elif loss.pool == "image":
+    elif rule.pool == "image":
         pools, floors = valid.flatten(1).any(1), lifted.flatten(1).any(1)
     else:
         pools, floors = valid.any(), lifted.any()
     numbers = (
         valid.sum(),
-        kept.sum(),
+        kept.sum(dtype=dtype),
         hard.sum(),
-        torch.where(kept, mined, 0).sum(),
-        torch.where(valid & ~kept, mined, 0).sum(),
+        torch.where(kept > 0, kept * mined, 0).sum(),
+        torch.where(valid & (kept < 1), (1 - kept) * mined, 0).sum(),
         pools.sum(),
         floors.sum(),
         torch.where(lifted, rank, math.inf).amin(),
     )
-    # Counts of pixels need more than the 24 bits of float32, which is all that MPS has.
-    dtype = torch.float32 if mined.device.type == "mps" else torch.float64
     parts = (torch.stack([n.to(dtype) for n in numbers]), valid_of_class, of_each_class(kept))
     return torch.cat([part.to(dtype) for part in parts])
 
@@ -400,9 +402,9 @@ def describe(model: nn.Module) -> list[str]:
 
 def _is_off(loss: OhemCrossEntropyLoss) -> bool:
     """Whether ``min_kept`` says that nothing shall be dropped, as in a warm-up."""
-    if not loss.min_kept:
-        return loss.habits.zero_keeps_all
-    return isinstance(loss.min_kept, float) and loss.min_kept == 1
+    if not loss.rule.min_kept:
+        return loss.rule.habits.zero_keeps_all
+    return isinstance(loss.rule.min_kept, float) and loss.rule.min_kept == 1
 
 
 def _describe_loss(loss: nn.Module, head_ignores: int | None) -> str:
@@ -415,25 +417,25 @@ def _describe_loss(loss: nn.Module, head_ignores: int | None) -> str:
         "image": "each image",
         "class": "each class",
         "world": "the batches of all ranks",
-    }[loss.pool]
-    if isinstance(loss.min_kept, float):
-        floor = f"{100 * loss.min_kept:.4g} % of the valid pixels of {pool}"
-    elif loss.min_kept_per == "image" and loss.pool in ("batch", "world"):
-        floor = f"{loss.min_kept} pixels for each image of {pool}"
+    }[loss.rule.pool]
+    if isinstance(loss.rule.min_kept, float):
+        floor = f"{100 * loss.rule.min_kept:.4g} % of the valid pixels of {pool}"
+    elif loss.rule.min_kept_per == "image" and loss.rule.pool in ("batch", "world"):
+        floor = f"{loss.rule.min_kept} pixels for each image of {pool}"
     else:
-        floor = f"{loss.min_kept} pixels of {pool}"
+        floor = f"{loss.rule.min_kept} pixels of {pool}"
     if _is_off(loss):
-        rule = f"keeps every valid pixel as long as min_kept={loss.min_kept}"
-    elif loss.thresh is None:
+        rule = f"keeps every valid pixel as long as min_kept={loss.rule.min_kept}"
+    elif loss.rule.thresh is None:
         rule = f"keeps the hardest {floor}"
     else:
-        rule = f"keeps pixels whose true class has a probability below {loss.thresh}"
-        if loss.min_kept:
+        rule = f"keeps pixels whose true class has a probability below {loss.rule.thresh}"
+        if loss.rule.min_kept:
             rule += f", at least {floor}"
     words = [f"mines: {rule}"]
-    if loss.always_keep:
-        words.append(f"always keeps the classes {list(loss.always_keep)}")
-    words.append(f"averages over the {loss.avg} pixels")
+    if loss.rule.always_keep:
+        words.append(f"always keeps the classes {list(loss.rule.always_keep)}")
+    words.append(f"averages over the {loss.rule.avg} pixels")
     if loss.ignore_index is not None:
         words.append(f"ignore_index {loss.ignore_index}")
     else:

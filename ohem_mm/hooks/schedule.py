@@ -7,13 +7,15 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
-from ..loss import OhemCrossEntropyLoss, check_settings
+from ..loss import OhemCrossEntropyLoss
+from ..rule import OhemRule
 from ._losses import ohem_losses
 
 __all__ = ["OhemScheduleHook"]
@@ -116,7 +118,7 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
             )
         self._losses = ohem_losses(runner.model)
         self._own = {
-            name: {"thresh": loss.thresh, "min_kept": loss.min_kept}
+            name: {"thresh": loss.rule.thresh, "min_kept": loss.rule.min_kept}
             for name, loss in self._losses.items()
         }
         self._logged = {}
@@ -136,7 +138,7 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
         self._apply(self._now(runner))
         for name, loss in self._losses.items():
             for setting in ("thresh", "min_kept"):
-                value = getattr(loss, setting)
+                value = getattr(loss.rule, setting)
                 key = f"train/ohem/{name}/{setting}"
                 scheduled = self.warmup or setting in self.schedules
                 # The log shows the latest value, so one that stays need not be written again.
@@ -147,7 +149,7 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
     def after_train(self, runner: Any) -> None:
         """Give the losses back the settings that they were built with."""
         for name, loss in self._losses.items():
-            loss.thresh, loss.min_kept = self._own[name]["thresh"], self._own[name]["min_kept"]
+            loss.rule = replace(loss.rule, **self._own[name])
 
     def _now(self, runner: Any) -> int:
         return int(runner.epoch if self.by_epoch else runner.iter)
@@ -159,7 +161,7 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
                 settings[setting] = _value(pieces, time, settings[setting])
             if time < self.warmup:
                 settings = {"thresh": 1.0, "min_kept": 1.0}
-            loss.thresh, loss.min_kept = settings["thresh"], settings["min_kept"]
+            loss.rule = replace(loss.rule, **settings)
 
     def _warn_of_the_unreachable(self, runner: Any) -> None:
         last, unit = (
@@ -277,16 +279,7 @@ def _checked(setting: str, where: str, value: Any) -> Number:
         raise TypeError(f"{where}: a schedule needs numbers, but got None.")
     settings: dict[str, Any] = {"thresh": None, "min_kept": 0, setting: value}
     try:
-        check_settings(
-            **settings,
-            pool="batch",
-            min_kept_per="batch",
-            always_keep=(),
-            avg="kept",
-            reduction="mean",
-            label_smoothing=0.0,
-            ignore_index=None,
-        )
+        OhemRule(**settings)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
     number: Number = value

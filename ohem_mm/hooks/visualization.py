@@ -108,7 +108,7 @@ class OhemVisualizationHook(Hook):  # type: ignore[misc]
                 predicted(pred[index], target.shape, bool(call.get("align_corners"))),
                 stats["mined"][index].detach().float(),
                 stats["valid"][index],
-                stats["kept"][index],
+                stats["kept"][index].float(),
             )
             sample = batch["data_samples"][index]
             shot = MinedImage(

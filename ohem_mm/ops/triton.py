@@ -14,14 +14,15 @@ pixels whose source has the same integer part form a *cell*. Positions are compu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..mining import keep_mask
+from ..mining import keep_pixels
+from ..rule import OhemRule
 from .portable import banded_cross_entropy
 
 try:
@@ -88,7 +89,7 @@ def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: 
         What is wrong, to be put behind the name of the path, or None.
     """
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-3)
-    share, thresh, size = 0.25, 0.7, (16, 20)
+    rule, size = OhemRule(0.7, 0.25), (16, 20)
     labels = max(2, channels) if use_sigmoid else channels
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(labels, (2, *size), generator=generator)
@@ -112,13 +113,7 @@ def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: 
                     align_corners=False,
                     use_sigmoid=use_sigmoid,
                     label_smoothing=0.0,
-                    thresh=thresh,
-                    min_kept=share,
-                    pool="batch",
-                    min_kept_per="batch",
-                    always_keep=(),
-                    avg="kept",
-                    weighted_mean=False,
+                    rule=rule,
                     avg_factor=None,
                     class_weight=None,
                     reduction="mean",
@@ -128,8 +123,8 @@ def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: 
                 mined, pixels, expected_hits = banded_cross_entropy(
                     logits, target, valid, use_sigmoid=use_sigmoid, count_hits=True
                 )
-                keep = keep_mask(mined, target, valid, labels, thresh=thresh, min_kept=share)
-                expected = pixels[keep].mean()
+                kept = keep_pixels(mined, target, valid, rule, labels)
+                expected = kept.of(pixels).sum() / kept.total(pixels.dtype)
                 (expected_grad,) = torch.autograd.grad(expected, logits)
             loss, expected = loss.detach(), expected.detach()
             scale = tolerance * float(expected_grad.abs().max())
@@ -757,13 +752,7 @@ def ohem(
     align_corners: bool,
     use_sigmoid: bool,
     label_smoothing: float,
-    thresh: float | None,
-    min_kept: int | float,
-    pool: Literal["batch", "image", "class"],
-    min_kept_per: Literal["batch", "image"],
-    always_keep: Sequence[int],
-    avg: Literal["kept", "valid", "all"],
-    weighted_mean: bool,
+    rule: OhemRule,
     avg_factor: Tensor | float | None,
     class_weight: Tensor | None,
     reduction: Literal["mean", "sum"],
@@ -784,13 +773,7 @@ def ohem(
         align_corners: As in ``torch.nn.functional.interpolate``.
         use_sigmoid: Binary cross-entropies, summed over the channels.
         label_smoothing: Share of the target mass spread over the classes.
-        thresh: Probability below which a pixel is hard, or None.
-        min_kept: Floor in pixels (int) or as a share of the pool's valid pixels (float).
-        pool: Over what the floor is counted.
-        min_kept_per: Unit of an int floor.
-        always_keep: Classes whose valid pixels are always kept.
-        avg: Which pixels the divisor counts.
-        weighted_mean: Divide by the sum of their weights instead.
+        rule: Which pixels are kept and what divides their loss; without habits, not for 'world'.
         avg_factor: Divisor given by hand.
         class_weight: Shape (C,), or (2,) for one sigmoid channel, on the device of ``logits``.
         reduction: 'mean' or 'sum'.
@@ -806,13 +789,13 @@ def ohem(
         ignore_index=ignore_index,
         use_sigmoid=use_sigmoid,
         label_smoothing=float(label_smoothing),
-        thresh=thresh,
-        min_kept=min_kept,
-        pool=pool,
-        min_kept_per=min_kept_per,
-        always_keep=tuple(always_keep),
-        avg=avg,
-        weighted_mean=weighted_mean,
+        thresh=rule.thresh,
+        min_kept=rule.min_kept,
+        pool=rule.pool,
+        min_kept_per=rule.min_kept_per,
+        always_keep=tuple(rule.always_keep),
+        avg=rule.avg,
+        weighted_mean=rule.weighted_mean,
         reduction=reduction,
         with_hits=with_hits,
     )

@@ -1,0 +1,124 @@
+"""The rule: what decides which pixels are kept, and over what their loss is averaged."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+Pool = Literal["batch", "image", "class", "world"]
+Unit = Literal["batch", "image"]
+Average = Literal["kept", "valid", "all"]
+
+
+class Habits(NamedTuple):
+    """Ways of other implementations that a preset keeps; see ``ohem_mm.presets``.
+
+    Attributes:
+        one_less: The floor keeps k - 1 pixels where the pool has more than k.
+        zero_keeps_all: ``min_kept=0`` turns mining off and keeps every valid pixel.
+        ignored_take_slots: Ignored pixels count in a share and in the divisor.
+        mine_weighted: Mining looks at the loss after weighting.
+        eps: The divisor grows by ``eps`` times the number of all pixels.
+    """
+
+    one_less: bool = False
+    zero_keeps_all: bool = False
+    ignored_take_slots: bool = False
+    mine_weighted: bool = False
+    eps: float = 0.0
+
+
+OURS = Habits()
+
+
+@dataclass(frozen=True)
+class OhemRule:
+    """Which pixels are kept and what divides their loss; checked once, when it is made.
+
+    A valid pixel (its label is not ``ignore_index``) is *hard* when its true class has probability
+    below ``thresh``. If fewer than ``min_kept`` pixels of a pool are hard, the ``min_kept`` hardest
+    are kept instead. Pixels tied at the last of these places share what is left of them: with
+    ``a`` pixels above the k-th value and ``b`` at it, each tied pixel has weight ``(k - a) / b``,
+    which is the mean over all ways to break the tie.
+
+    Attributes:
+        thresh: Probability in (0, 1]. None: no threshold, the ``min_kept`` hardest alone.
+        min_kept: Floor: an int in pixels, or a float in [0, 1] as a share of the pool's valid
+            pixels, rounded down.
+        pool: Over what the floor is counted: 'batch', each 'image', each ground-truth 'class', or
+            'world', all ranks of a distributed run together. With 'world' the result, averaged over
+            ranks as DistributedDataParallel averages gradients, is that of one big batch.
+        min_kept_per: 'image' reads an int ``min_kept`` as pixels per image, pooled over the batch.
+        always_keep: Classes whose valid pixels are always kept.
+        avg: Divisor for reduction 'mean': number of 'kept' pixels, of 'valid' pixels, or of 'all'.
+        weighted_mean: Where there are weights, divide by the sum of the weights of the pixels that
+            ``avg`` counts, instead of by their number; ignored pixels weigh nothing.
+        habits: Ways of other implementations, set by the presets.
+
+    Raises:
+        ValueError: On a setting out of range; the message names it and what is allowed.
+        TypeError: On a setting of the wrong type.
+    """
+
+    thresh: float | None = 0.7
+    min_kept: int | float = 1 / 16
+    pool: Pool = "batch"
+    min_kept_per: Unit = "batch"
+    always_keep: Sequence[int] = ()
+    avg: Average = "kept"
+    weighted_mean: bool = False
+    habits: Habits = OURS
+
+    def __post_init__(self) -> None:
+        if self.thresh is not None:
+            if not is_number(self.thresh) or not 0 < self.thresh <= 1:
+                raise ValueError(
+                    f"thresh must be None or a probability in (0, 1], but got {self.thresh!r}."
+                )
+            object.__setattr__(self, "thresh", float(self.thresh))
+        if not is_number(self.min_kept):
+            raise TypeError(
+                f"min_kept must be an int (pixels) or a float (share of the valid pixels), but got "
+                f"{self.min_kept!r}."
+            )
+        # NumPy's numbers become Python's, whose type says what is meant.
+        min_kept = int(self.min_kept) if is_int(self.min_kept) else float(self.min_kept)
+        if not min_kept >= 0 or (isinstance(min_kept, float) and min_kept > 1):
+            raise ValueError(
+                f"min_kept must be an int >= 0 (pixels) or a float in [0, 1] (share of the valid "
+                f"pixels), but got {self.min_kept!r}."
+            )
+        object.__setattr__(self, "min_kept", min_kept)
+        for name, allowed in (("pool", Pool), ("min_kept_per", Unit), ("avg", Average)):
+            check_choice(name, getattr(self, name), get_args(allowed))
+        if isinstance(self.always_keep, str) or not isinstance(self.always_keep, Sequence):
+            raise TypeError(
+                f"always_keep must be a list of class indices, but got {self.always_keep!r}."
+            )
+        for cls in self.always_keep:
+            if not is_int(cls) or cls < 0:
+                raise ValueError(f"always_keep must hold class indices >= 0, but got {cls!r}.")
+        object.__setattr__(self, "always_keep", tuple(int(cls) for cls in self.always_keep))
+        object.__setattr__(self, "habits", Habits(*self.habits))
+
+
+SETTINGS = tuple(field.name for field in fields(OhemRule))
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of the words that are allowed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
