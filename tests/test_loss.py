@@ -1,5 +1,6 @@
 """The loss against the float64 oracle, in value and gradient, and its behaviour at the edges."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -198,6 +199,69 @@ def test_textbook_formula_for_binary_problems():
         logits, target, thresh=0.7, use_sigmoid=True, always_keep=[1], avg="all", min_kept=0
     )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def all_but_one_easy(gap, pixels=32):
+    """Two classes; one pixel at even odds, the others right by ``gap``, all of class 0."""
+    logits = torch.zeros(1, 2, 4, pixels // 4)
+    logits[:, 0] = gap
+    logits[0, 0, 0, 0] = 0
+    return logits, torch.zeros(1, 4, pixels // 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_holds_when_easy_pixels_tie(backend, dtype):
+    # In float32 a gap of 30 is a loss of exactly 0. The floor asks for two pixels of 32.
+    logits, target = all_but_one_easy(30)
+    for settings_ in ({"preset": "bisenet"}, {"preset": "hrnet", "min_kept": 2}):
+        stats = {"kept": None}
+        loss = OhemCrossEntropyLoss(**settings_)(logits.to(dtype), target, stats=stats)
+        assert loss.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
+        assert stats["kept"].sum().item() == pytest.approx(2, rel=1e-6)
+        assert stats["kept"][0, 0, 0] == 1
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 5), st.sampled_from(["kept", "valid", "all"]))
+def test_ties_equal_the_mean_over_all_ways_to_break_them(backend, seed, k, avg):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-1, 2, (1, 2, 6), generator=generator).double()
+    target = torch.randint(0, 2, (1, 6), generator=generator)
+    weight = torch.rand(1, 6, generator=generator, dtype=torch.float64)
+    loss, grad = value_and_grad(
+        ohem_cross_entropy, logits, target, weight, thresh=None, min_kept=k, avg=avg
+    )
+    losses = reference.pixel_losses(logits[0].T, target[0])
+    kth = losses.topk(k).values[-1]
+    above = (losses > kth + 1e-12).nonzero().flatten().tolist()
+    tied = (losses - kth).abs().le(1e-12).nonzero().flatten().tolist()
+    ways = list(itertools.combinations(tied, k - len(above)))
+    divisor = k if avg == "kept" else 6
+    values = []
+    gradients = torch.zeros_like(logits)
+    for way in ways:
+        leaf = logits.clone().requires_grad_()
+        chosen = (reference.pixel_losses(leaf[0].T, target[0]) * weight[0])[[*above, *way]]
+        value = chosen.sum() / divisor
+        value.backward()
+        values.append(value.item())
+        gradients += leaf.grad / len(ways)
+    assert loss.item() == pytest.approx(sum(values) / len(values))
+    torch.testing.assert_close(grad, gradients)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 11))
+def test_a_broken_tie_changes_the_loss_no_more_than_the_pixel(backend, seed, k, place):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-1, 2, (1, 2, 12), generator=generator).double()
+    target = torch.randint(0, 2, (1, 12), generator=generator)
+    moved = logits.clone()
+    moved[0, 0, place] += 1e-6
+    rule = {"thresh": None, "min_kept": k}
+    before, after = (ohem_cross_entropy(z, target, **rule) for z in (logits, moved))
+    # The mean of the k hardest is a continuous function: one loss moves by 1e-6 at most.
+    assert abs(before.item() - after.item()) <= 1e-6 / k + 1e-12
 
 
 def test_threshold_is_strict():
