@@ -11,7 +11,7 @@ try:
 except ImportError:  # plain PyTorch: nothing to register in
     pass
 else:
-    from . import hooks  # noqa: F401  (registers them)
+    from . import hooks, optim  # noqa: F401  (registers them)
 
     # The root registry, so that every OpenMMLab scope finds it. Reloading the module is harmless.
     if OhemCrossEntropyLoss.__name__ not in MODELS.module_dict:

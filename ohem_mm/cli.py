@@ -53,6 +53,9 @@ __all__ = [
     "load_config",
     "run",
     "type_name",
+    "use_amp",
+    "use_bf16",
+    "use_channels_last",
 ]
 
 
@@ -327,14 +330,62 @@ def check_checkpoint(file: str) -> None:
         raise UserError(f"there is no checkpoint {file!r}{hint}")
 
 
+def use_amp(cfg: Config) -> None:
+    """Switch the optimizer wrapper to mixed precision: ``--amp``.
+
+    On a GPU that is mmengine's ``AmpOptimWrapper`` (float16 unless the config says otherwise), and
+    elsewhere :class:`ohem_mm.optim.Bf16OptimWrapper`.
+
+    Raises:
+        UserError: The config has an optimizer wrapper of another kind.
+    """
+    kind = type_name(cfg.optim_wrapper)
+    on_cpu = get_device() == "cpu"
+    if kind == "Bf16OptimWrapper" or (kind == "AmpOptimWrapper" and not on_cpu):
+        print("warning: --amp: the config trains in mixed precision already", file=sys.stderr)
+    elif kind not in ("OptimWrapper", "AmpOptimWrapper", ""):
+        raise UserError(f"--amp works with the OptimWrapper, but the config has {kind}")
+    elif on_cpu:
+        use_bf16(cfg)
+    else:
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def use_bf16(cfg: Config) -> None:
+    """Switch the optimizer wrapper to :class:`ohem_mm.optim.Bf16OptimWrapper`, on any device.
+
+    Raises:
+        UserError: The config has an optimizer wrapper of another kind.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = type_name(wrapper)
+    if kind not in ("OptimWrapper", "AmpOptimWrapper", "Bf16OptimWrapper", ""):
+        raise UserError(f"bf16 works with the OptimWrapper, but the config has {kind}")
+    for key in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
+        wrapper.pop(key, None)
+    wrapper.type = "Bf16OptimWrapper"
+
+
+def use_channels_last(cfg: Config) -> None:
+    """Add :class:`ohem_mm.hooks.ChannelsLastHook` to the config: ``--channels-last``."""
+    hooks = list(cfg.get("custom_hooks") or [])
+    if "ChannelsLastHook" not in map(type_name, hooks):
+        cfg.custom_hooks = [*hooks, {"type": "ChannelsLastHook"}]
+
+
 def check_amp_device(cfg: Config) -> None:
     """Check that mixed precision, where the config asks for it, has a device.
 
     Raises:
         UserError: There is none.
     """
-    if type_name(cfg.get("optim_wrapper")) == "AmpOptimWrapper" and get_device() in ("cpu", "mps"):
-        raise UserError(f"mixed precision needs a GPU, and this machine offers: {get_device()}")
+    device = get_device()
+    if type_name(cfg.get("optim_wrapper")) == "AmpOptimWrapper" and device in ("cpu", "mps"):
+        raise UserError(
+            f"the AmpOptimWrapper of the config needs a GPU, and this machine offers: {device}; "
+            "on a CPU, --amp takes the Bf16OptimWrapper instead"
+        )
 
 
 def check_datasets(cfg: Config, splits: Sequence[str]) -> None:

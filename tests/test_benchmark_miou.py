@@ -18,7 +18,12 @@ import pytest
 pytest.importorskip("mmseg")
 pytest.importorskip("matplotlib")
 
-from ohem_mm import benchmark, cli, report
+from ohem_mm import cli
+from ohem_mm.bench import files, plots, report
+from ohem_mm.bench import records as recs
+from ohem_mm.bench import text as words
+from ohem_mm.bench.job import latest_checkpoint
+from ohem_mm.bench.jobs import Plan
 from ohem_mm.config import config_path
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +74,7 @@ grid:
 
 
 def test_benchmark_file():
-    bench = benchmark.load_benchmark(write_yaml(BENCH))
+    bench = files.load_benchmark(write_yaml(BENCH))
     assert bench.seeds == (0, 1, 2)
     assert bench.note == "Two lines."
     assert bench.variants["ce"].label == "plain CE"
@@ -78,7 +83,7 @@ def test_benchmark_file():
 
 
 def test_grid_expands_to_variants():
-    bench = benchmark.load_benchmark(write_yaml(GRID))
+    bench = files.load_benchmark(write_yaml(GRID))
     assert len(bench.variants) == 8
     cell = bench.variants["t=0.7,k=0.0156,avg=all"]
     assert cell.cell == (1, 0, 1)
@@ -112,7 +117,7 @@ def test_grid_expands_to_variants():
 def test_mistakes_in_a_benchmark_file_are_named(old, new, message):
     assert old in BENCH
     with pytest.raises(cli.UserError, match=re.escape(message)) as caught:
-        benchmark.load_benchmark(write_yaml(BENCH.replace(old, new)))
+        files.load_benchmark(write_yaml(BENCH.replace(old, new)))
     assert "bench.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -127,72 +132,72 @@ def key(seed, variant="ce"):
 def test_a_record_is_appended_once():
     path = Path("new/records.jsonl")
     for seed in (0, 1, 0):
-        benchmark.append_record(path, {**key(seed), "name": "é"})
-    assert [record["seed"] for record in benchmark.read_records(path)] == [0, 1]
+        recs.append_record(path, {**key(seed), "name": "é"})
+    assert [record["seed"] for record in recs.read_records(path)] == [0, 1]
     assert path.read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("torn", ['{"benchmark": "ti', '{"benchmark": "tiny"}', "\u00e9"[:1]])
 def test_a_torn_line_is_replaced(torn):
     path = Path("records.jsonl")
-    benchmark.append_record(path, key(0))
+    recs.append_record(path, key(0))
     with path.open("a") as file:
         file.write(torn)
-    assert benchmark.read_records(path) == [key(0)]
-    benchmark.append_record(path, key(1))
+    assert recs.read_records(path) == [key(0)]
+    recs.append_record(path, key(1))
     assert path.read_text() == f"{json.dumps(key(0))}\n{json.dumps(key(1))}\n"
 
 
 def test_a_line_that_lacks_only_its_end_counts():
     path = Path("records.jsonl")
     path.write_text(json.dumps(key(0)))
-    benchmark.append_record(path, key(0))
-    benchmark.append_record(path, key(1))
-    assert benchmark.read_records(path) == [key(0), key(1)]
+    recs.append_record(path, key(0))
+    recs.append_record(path, key(1))
+    assert recs.read_records(path) == [key(0), key(1)]
 
 
 def test_a_broken_line_in_the_middle_is_an_error():
     path = Path("records.jsonl")
     path.write_text(f"{json.dumps(key(0))}\nnonsense\n")
     with pytest.raises(cli.UserError, match=r"records\.jsonl, line 2 is not a record"):
-        benchmark.read_records(path)
+        recs.read_records(path)
 
 
 def test_appending_from_many_processes_loses_nothing():
     code = (
-        "import sys; from pathlib import Path; from ohem_mm.benchmark import append_record\n"
+        "import sys; from pathlib import Path; from ohem_mm.bench.records import append_record\n"
         "for i in range(20):\n"
         "    record = dict(benchmark='b', variant=sys.argv[1] * (i % 2), seed=i, config_hash='')\n"
         "    append_record(Path('records.jsonl'), {**record, 'x': 'y' * 5000})"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
     assert [process.wait() for process in processes] == [0, 0]
-    records = benchmark.read_records(Path("records.jsonl"))
+    records = recs.read_records(Path("records.jsonl"))
     # The even ones are the same job in both.
     assert len(records) == 30
-    assert len(set(map(benchmark.record_key, records))) == 30
+    assert len(set(map(recs.record_key, records))) == 30
 
 
 # --- statistics and the report ---------------------------------------------------------------
 
 
 def test_interval_against_tabled_quantiles():
-    assert report.half_width([5.0]) is None
+    assert words.half_width([5.0]) is None
     # t(0.975) is 12.7062 with 1 and 4.3027 with 2 degrees of freedom.
-    assert report.half_width([0.0, 1.0]) == pytest.approx(12.7062 * 0.5, abs=1e-4)
-    assert report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, abs=1e-4)
-    assert report.half_width([2.0, 2.0, 2.0]) == 0
+    assert words.half_width([0.0, 1.0]) == pytest.approx(12.7062 * 0.5, abs=1e-4)
+    assert words.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, abs=1e-4)
+    assert words.half_width([2.0, 2.0, 2.0]) == 0
 
 
 def test_cells():
-    assert report.mean_std([1.0]) == "1.00"
-    assert report.mean_std([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert report.mean_std([]) == "-"
-    assert report.difference([1.5]) == "+1.50"
-    assert report.difference([1.0, 2.0, 3.0]) == "+2.00 [-0.48, +4.48]"
-    assert report.difference([-2.0, -2.1, -1.9]) == "**-2.00 [-2.25, -1.75]**"
-    assert report.difference([]) == "-"
-    assert report.clock(3725.4) == "1:02:05"
+    assert words.mean_std([1.0]) == "1.00"
+    assert words.mean_std([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert words.mean_std([]) == "-"
+    assert words.difference([1.5]) == "+1.50"
+    assert words.difference([1.0, 2.0, 3.0]) == "+2.00 [-0.48, +4.48]"
+    assert words.difference([-2.0, -2.1, -1.9]) == "**-2.00 [-2.25, -1.75]**"
+    assert words.difference([]) == "-"
+    assert words.clock(3725.4) == "1:02:05"
 
 
 CLASSES = ["road", "a|b", "pole"]
@@ -241,7 +246,7 @@ def records():
 
 
 def tiny_report(records):
-    bench = benchmark.load_benchmark(write_yaml(BENCH))
+    bench = files.load_benchmark(write_yaml(BENCH))
     return report.markdown(report.select(bench, records))
 
 
@@ -335,7 +340,7 @@ def test_no_records():
 
 
 def test_grid_report():
-    bench = benchmark.load_benchmark(write_yaml(GRID))
+    bench = files.load_benchmark(write_yaml(GRID))
     cells = [
         fake(name, 0, [60.0, 50.0 + i, 10.0], name="grid", curve=[])
         for i, name in enumerate(bench.variants)
@@ -350,17 +355,17 @@ def test_grid_report():
 
 
 def test_plots_are_the_same_bytes_every_time(records):
-    bench = benchmark.load_benchmark(write_yaml(BENCH))
-    grid = benchmark.load_benchmark(write_yaml(GRID, "grid.yaml"))
+    bench = files.load_benchmark(write_yaml(BENCH))
+    grid = files.load_benchmark(write_yaml(GRID, "grid.yaml"))
     cells = [fake(name, 0, [60.0, 50.0, 10.0], name="grid") for name in grid.variants]
     for _ in range(2):
-        files = report.plot(report.select(bench, records), Path("plots"))
-        files += report.plot(report.select(grid, cells), Path("plots"))
-        names = [file.name for file in files]
+        drawings = plots.plot(report.select(bench, records), Path("plots"))
+        drawings += plots.plot(report.select(grid, cells), Path("plots"))
+        names = [file.name for file in drawings]
         assert names == ["tiny-classes.svg", "tiny-curves.svg", "grid-grid.svg"]
-        drawn = [file.read_bytes() for file in files]
+        drawn = [file.read_bytes() for file in drawings]
         assert all(b"<svg" in content for content in drawn)
-        for file in files:
+        for file in drawings:
             file.unlink()
         first = locals().get("first", drawn)
         assert drawn == first
@@ -392,8 +397,8 @@ def test_committed_tables_are_what_the_records_give(name, text):
         for path in (ROOT / "configs").rglob("*.yaml")
         if f"\nname: {name}\n" in f"\n{path.read_text()}"
     )
-    bench = benchmark.load_benchmark(str(path))
-    records = benchmark.read_records(bench.path.with_suffix(".jsonl"))
+    bench = files.load_benchmark(str(path))
+    records = recs.read_records(bench.path.with_suffix(".jsonl"))
     assert report.markdown(report.select(bench, records)) == text
 
 
@@ -424,7 +429,7 @@ def processes(folder):
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has just ended
             line = path.read_text()
-            if str(folder) in line and "\0job\0" in line:
+            if str(folder) in line and "\0ohem_mm.bench.job\0" in line:
                 found.append(int(path.parent.name))
     return found
 
@@ -461,11 +466,11 @@ def test_killed_runs_go_on(tmp_path):
     parent.communicate()
     wait_for(lambda: not processes(work), 60)
 
-    before = len(benchmark.read_records(Path("small.jsonl")))
+    before = len(recs.read_records(Path("small.jsonl")))
     assert before < 4
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    records = benchmark.read_records(Path("small.jsonl"))
+    records = recs.read_records(Path("small.jsonl"))
     jobs = [(record["variant"], record["seed"]) for record in records]
     assert sorted(jobs) == [("ce", 0), ("ce", 1), ("ours", 0), ("ours", 1)]
     assert "resumed epoch: 0, iter: " in (folder(("ce", 0)) / "job.log").read_text()
@@ -490,7 +495,7 @@ def test_killed_runs_go_on(tmp_path):
         batches = [by_job[variant, seed]["batches"] for variant in ("ce", "ours")]
         assert 5 <= min(map(len, batches)) <= 10
         assert all(a == b for a, b in zip(*batches, strict=False))
-    text = report.markdown(report.select(benchmark.load_benchmark("small.yaml"), records))
+    text = report.markdown(report.select(files.load_benchmark("small.yaml"), records))
     assert "Runs of one seed have the same initial weights and order of the images." in text
 
     # The same command again runs nothing, and prints the same report as report does.
@@ -584,18 +589,16 @@ def test_one_run_of_a_benchmark_at_a_time(tool):
         other.kill()
 
 
-def test_config_hash_sees_settings_but_not_places(tool, monkeypatch):
-    tool("report", "missing.yaml")
-    module = sys.modules["benchmark_miou"]
+def test_config_hash_sees_settings_but_not_places():
     write_yaml(SMALL, "small.yaml")
-    bench = benchmark.load_benchmark("small.yaml")
+    bench = files.load_benchmark("small.yaml")
 
     def hashes(**changes):
         settings = {"variants": None, "seeds": None, "cfg_options": {}, "data_root": None}
-        settings |= {"jobs": 1, "threads": 1, "launcher": "none", "gpus": 1}
+        settings |= {"jobs": 1, "threads": 1, "launcher": "none", "gpus": 1, "at": None}
         args = cli.argparse.Namespace(**{**settings, **changes})
-        jobs = module.make_jobs(bench, args, Path("work"))
-        return {job.variant: job.record["config_hash"] for job in jobs}
+        jobs = Plan(bench, args, Path("work")).due([])
+        return {job.record["variant"]: job.record["config_hash"] for job in jobs}
 
     first = hashes()
     assert first["ce"] != first["ours"]
@@ -604,22 +607,20 @@ def test_config_hash_sees_settings_but_not_places(tool, monkeypatch):
     assert not set(changed.values()) & set(first.values())
 
 
-def test_latest_checkpoint_is_a_whole_one(tool, tmp_path):
+def test_latest_checkpoint_is_a_whole_one(tmp_path):
     import torch
 
-    tool("report", "missing.yaml")
-    latest = sys.modules["benchmark_miou"].latest_checkpoint
-    assert latest(tmp_path) is None
+    assert latest_checkpoint(tmp_path) is None
     for step in (90, 100, 110):
         torch.save({"x": torch.zeros(1000)}, f"iter_{step}.pth")
     content = Path("iter_110.pth").read_bytes()
     Path("iter_110.pth").write_bytes(content[: len(content) // 2])
     torch.save({}, "best_mIoU_iter_300.pth")
-    assert latest(tmp_path).name == "iter_100.pth"
+    assert latest_checkpoint(tmp_path).name == "iter_100.pth"
 
 
 def test_quickstart_file():
-    bench = benchmark.load_benchmark("ohem_mm::quickstart/benchmark.yaml")
+    bench = files.load_benchmark("ohem_mm::quickstart/benchmark.yaml")
     assert bench.shown_path == "quickstart/benchmark.yaml"
     assert len(bench.seeds) >= 2
     for variant in bench.variants.values():

@@ -26,7 +26,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from ohem_mm import OhemCrossEntropyLoss, cli
-from ohem_mm.benchmark import load_benchmark, read_records
+from ohem_mm.bench.files import load_benchmark
+from ohem_mm.bench.records import read_records
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)

@@ -8,26 +8,17 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ohem_mm import cli
-from ohem_mm.benchmark import Benchmark
+from ohem_mm.bench.files import Benchmark, check_shared_value
+from ohem_mm.bench.text import clock, difference, mean_std, table
+from ohem_mm.bench.tuning import Choice, choose
 
 MARKS = "<!-- report: {} -->", "<!-- end of report -->"
-
-EXTRA = "this needs {}; install it with: pip install 'ohem-mm[bench]'"
-
-
-def clock(seconds: float | None) -> str:
-    """1:05 or 2:03:04."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +28,8 @@ class Results:
     benchmark: Benchmark
     runs: dict[str, dict[int, dict[str, Any]]]  # variant, seed
     outdated: int  # records of earlier versions of a config
+    choices: dict[str, Choice] = field(default_factory=dict)  # of tuning, one for each variant
+    at: float | None = None  # the value that all variants share, instead of each one's best
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -75,78 +68,55 @@ class Results:
         return [score(run) - score(base[s]) for s, run in self.runs[variant].items() if s in base]
 
 
-def select(benchmark: Benchmark, records: list[dict[str, Any]]) -> Results:
+def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None = None) -> Results:
     """Take the records of a benchmark's variants and seeds, of the last version of each config.
 
+    Args:
+        benchmark: The benchmark file.
+        records: All that there are.
+        at: One value of what is tuned for all variants. None: each variant's own best.
+
     Raises:
-        UserError: There are none.
+        UserError: There are none, or ``at`` is none of the tuned values.
     """
+    if at is not None:
+        at = check_shared_value(benchmark, at)
     records = [record for record in records if record["benchmark"] == benchmark.name]
-    versions = {record["variant"]: record["config_hash"] for record in records}
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
-    outdated = 0
-    for variant in benchmark.variants:
-        for record in records:
-            if record["variant"] != variant:
-                continue
-            if record["config_hash"] != versions[variant]:
-                outdated += 1
+    tune = benchmark.tune
+    if tune is None:
+        records = [record for record in records if record.get("tuned") is None]
+    else:
+        records = [record for record in records if record.get("tuned") in tune.values]
+
+    def place(record: dict[str, Any]) -> tuple[Any, ...]:
+        return record["variant"], record.get("tuned")
+
+    versions = {place(record): record["config_hash"] for record in records}
+    current, outdated = [], 0
+    for record in records:
+        if record["variant"] in benchmark.variants:
+            if record["config_hash"] == versions[place(record)]:
+                current.append(record)
             else:
-                runs.setdefault(variant, {})[record["seed"]] = record
-    runs = {variant: dict(sorted(seeds.items())) for variant, seeds in runs.items()}
+                outdated += 1
+    choices = choose(benchmark, current, benchmark.variants) if tune else {}
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for variant in benchmark.variants:
+        value = at if at is not None or tune is None else choices[variant].best
+        seeds = {
+            record["seed"]: record
+            for record in current
+            if place(record) == (variant, value)
+            and (tune is None or record["seed"] not in set(tune.seeds) - set(benchmark.seeds))
+        }
+        if seeds:
+            runs[variant] = dict(sorted(seeds.items()))
     if not runs:
         raise cli.UserError(
             f"there are no records of {benchmark.name!r}; make them with: "
             f"python tools/benchmark_miou.py run {benchmark.shown_path}"
         )
-    return Results(benchmark, runs, outdated)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of a mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
-
-    quantile = float(t.ppf(0.975, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def mean_std(values: Sequence[float], digits: int = 2) -> str:
-    """``mean ± sample standard deviation``."""
-    if not values or any(map(math.isnan, values)):
-        return "-"
-    text = f"{statistics.fmean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
-
-def difference(values: Sequence[float]) -> str:
-    """``mean [interval]`` of paired differences; bold when the interval excludes zero."""
-    if not values or any(map(math.isnan, values)):
-        return "-"
-    mean, half = statistics.fmean(values), half_width(values)
-    if half is None:
-        return f"{mean:+.2f}"
-    text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-    return f"**{text}**" if abs(mean) > half else text
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, padded; the first column is text, the others are figures."""
-    clean = [[_cell(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*clean, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(clean[0]), line(rule), *map(line, clean[1:])])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return Results(benchmark, runs, outdated, choices, at)
 
 
 def markdown(results: Results) -> str:
@@ -209,7 +179,7 @@ def _class_table(results: Results, rows: list[str]) -> str:
     return table(["class", "pixels", *labels], lines)
 
 
-def _panels(results: Results) -> list[tuple[str, list[list[list[dict[str, Any]]]]]]:
+def panels(results: Results) -> list[tuple[str, list[list[list[dict[str, Any]]]]]]:
     """The grid as (title, rows of columns of runs), a panel for each value of the third axis."""
     axes = results.benchmark.axes
     cells = {
@@ -228,7 +198,8 @@ def _panels(results: Results) -> list[tuple[str, list[list[list[dict[str, Any]]]
     return panels
 
 
-def _grid_scores(results: Results) -> list[tuple[str, Any]]:
+def grid_scores(results: Results) -> list[tuple[str, Any]]:
+    """The scores that are shown cell by cell: names and functions of a run."""
     metric = results.benchmark.metric
     scores: list[tuple[str, Any]] = [(metric, results.score)]
     return scores + ([(f"rare-class {metric}", results.rare_score)] if results.rare else [])
@@ -237,8 +208,8 @@ def _grid_scores(results: Results) -> list[tuple[str, Any]]:
 def _grid_tables(results: Results) -> list[str]:
     axes = results.benchmark.axes
     parts = []
-    for name, score in _grid_scores(results):
-        for title, grid in _panels(results):
+    for name, score in grid_scores(results):
+        for title, grid in panels(results):
             columns = [f"{axes[1].name} {v}" for v in axes[1].labels] if len(axes) > 1 else [name]
             lines = [
                 [label, *(mean_std([score(run) for run in runs]) for runs in row)]
@@ -374,158 +345,3 @@ def write(file: Path, name: str, text: str) -> None:
     if not found or not closed:
         raise cli.UserError(f"{file} has no block from {start!r} to {end!r}")
     file.write_text(f"{head}{start}\n{text}{end}{tail}")
-
-
-# --- plots -----------------------------------------------------------------------------------
-
-# Okabe and Ito: told apart by colour-blind readers.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-STYLES = ("-", "--", ":")
-
-
-def plot(results: Results, folder: Path) -> list[Path]:
-    """Draw what the records allow, as SVG; the same records give the same bytes.
-
-    Returns:
-        The files: differences of the classes to the baseline, validation curves, heat maps.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise cli.UserError(EXTRA.format("matplotlib")) from None
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    # The salt makes the names of SVG elements the same in every run.
-    with matplotlib.rc_context({"svg.hashsalt": results.benchmark.name, "font.size": 10}):
-        drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
-        for name, draw in drawings.items():
-            figure = draw(results)
-            if figure is not None:
-                path = folder / f"{results.benchmark.name}-{name}.svg"
-                metadata = {"Date": None, "Creator": None}
-                figure.savefig(path, metadata=metadata, bbox_inches="tight")
-                files.append(path)
-    return files
-
-
-def _plain(label: str) -> str:
-    """A label without markdown's marks for code."""
-    return label.replace("`", "")
-
-
-def _draw_classes(results: Results) -> Any:
-    """Bars: mean difference of each class to the baseline; points: seeds."""
-    from matplotlib.figure import Figure
-
-    benchmark = results.benchmark
-    base = benchmark.baseline
-    names = [n for n in results.runs if n != base and not benchmark.variants[n].cell]
-    if base not in results.runs or not names:
-        return None
-    shares = results.first["class_shares"]
-    order = sorted(range(len(shares)), key=lambda i: shares[i], reverse=True)
-    columns = min(3, len(names))
-    lines = math.ceil(len(names) / columns)
-    size = (2.2 + 2.9 * columns, lines * (0.9 + 0.26 * len(order)))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axis, name in zip(axes, names, strict=False):
-        for row, i in enumerate(order):
-            reference = results.class_scores(base, i)
-            scores = results.class_scores(name, i)
-            values = [scores[s] - reference[s] for s in scores if s in reference]
-            if values:
-                mean = statistics.fmean(values)
-                axis.barh(row, mean, color=COLOURS[4] if mean >= 0 else COLOURS[1], alpha=0.75)
-                axis.scatter(values, [row] * len(values), s=9, color=COLOURS[0], zorder=3)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_title(_plain(benchmark.variants[name].label), fontsize=10)
-    for axis in list(axes)[len(names) :]:
-        axis.remove()
-    labels = [f"{results.first['classes'][i]} ({100 * shares[i]:.2g} %)" for i in order]
-    first = figure.axes[0]
-    first.set_yticks(range(len(order)), labels)
-    first.invert_yaxis()
-    label = _plain(benchmark.variants[base].label)
-    figure.supxlabel(
-        f"{benchmark.metric[1:]} minus that of {label}, percentage points", fontsize=10
-    )
-    return figure
-
-
-def _draw_curves(results: Results) -> Any:
-    """Validation over training: mean and range over seeds."""
-    from matplotlib.figure import Figure
-
-    variants = results.benchmark.variants
-    curves = {}
-    for name, runs in results.runs.items():
-        points: dict[int, list[float]] = {}
-        for run in runs.values():
-            for step, value in run["curve"]:
-                points.setdefault(step, []).append(value)
-        if len(points) > 1 and not variants[name].cell:
-            curves[name] = dict(sorted(points.items()))
-    if not curves:
-        return None
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    for i, (name, points) in enumerate(curves.items()):
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-        steps = list(points)
-        means = [statistics.fmean(values) for values in points.values()]
-        axis.plot(
-            steps, means, style, color=colour, label=_plain(variants[name].label), marker="o", ms=3
-        )
-        low, high = map(min, points.values()), map(max, points.values())
-        axis.fill_between(steps, list(low), list(high), color=colour, alpha=0.12, linewidth=0)
-    axis.set_xlabel("iteration")
-    axis.set_ylabel(f"{results.benchmark.metric} on the validation split, %")
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=9, loc="outside right upper")
-    return figure
-
-
-def _draw_grid(results: Results) -> Any:
-    """Heat maps: a panel for each value of the third axis, a row for each score."""
-    from matplotlib.figure import Figure
-
-    axes, panels = results.benchmark.axes, _panels(results)
-    if not panels:
-        return None
-    scores = _grid_scores(results)
-    columns = axes[1].labels if len(axes) > 1 else ("",)
-    size = (
-        1.6 + len(panels) * (0.7 + 0.75 * len(columns)),
-        len(scores) * (1.0 + 0.42 * len(axes[0].labels)),
-    )
-    figure = Figure(figsize=size, layout="constrained")
-    frames = figure.subplots(len(scores), len(panels), squeeze=False)
-    for line, (name, score) in zip(frames, scores, strict=True):
-        data = [
-            [
-                [statistics.fmean(map(score, runs)) if runs else math.nan for runs in row]
-                for row in grid
-            ]
-            for _, grid in panels
-        ]
-        flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
-        low = min(flat)
-        high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
-        for frame, (title, _), values in zip(line, panels, data, strict=True):
-            image = frame.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-            for i, row in enumerate(values):
-                for j, value in enumerate(row):
-                    ink = "white" if value < (low + high) / 2 else "black"
-                    text = frame.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
-                    text.set_fontsize(9)
-            frame.set_xticks(range(len(columns)), columns)
-            frame.set_yticks(range(len(axes[0].labels)), axes[0].labels)
-            frame.set_title(title, fontsize=10)
-            if len(axes) > 1:
-                frame.set_xlabel(axes[1].name)
-        line[0].set_ylabel(axes[0].name)
-        figure.colorbar(image, ax=list(line), label=f"{name}, %")
-    return figure

@@ -1,7 +1,7 @@
-"""Benchmark files and records of ``tools/benchmark_miou.py``.
+"""Benchmark files of ``tools/benchmark_miou.py``.
 
-A benchmark file (YAML) names configs, what each variant changes in them, and seeds. A record is one
-JSON object on a line: one finished run of one variant with one seed.
+A benchmark file (YAML) names configs, what each variant changes in them, seeds, and, with
+``tune:``, the values of a setting among which each variant takes its own best.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from ohem_mm import cli
 from ohem_mm.config import config_path
 
-# --- benchmark files -------------------------------------------------------------------------
+__all__ = ["Axis", "Benchmark", "Tune", "Variant", "check_shared_value", "load_benchmark"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,23 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """A setting of which each variant takes its own best value, and what chooses it."""
+
+    keys: tuple[str, ...]
+    name: str
+    values: tuple[float, ...]
+    scale: bool  # the values multiply what a config has, instead of taking its place
+    seeds: tuple[int, ...]
+    split: str
+    drop_below: float | None  # points behind the baseline; None: no variant is dropped
+
+    def label(self, value: float) -> str:
+        """For people."""
+        return f"{self.name} {'x ' * self.scale}{value:g}"
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A benchmark file."""
 
@@ -64,6 +79,13 @@ class Benchmark:
     cfg_options: dict[str, Any]
     variants: dict[str, Variant]
     axes: tuple[Axis, ...]  # rows, columns and panels of the grid
+    amp: bool  # bf16
+    channels_last: bool
+    tune: Tune | None
+
+    def baseline_of(self, variant: str) -> str:
+        """The name of the variant that this one is compared with."""
+        return self.baseline
 
     @property
     def shown_path(self) -> str:
@@ -74,11 +96,19 @@ class Benchmark:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """YAML in which 1e-3 is a number: YAML 1.1 takes a number without a point for a string."""
+    """YAML with tuples (``!tuple [192, 256]``), in which 1e-3 is a number.
+
+    YAML 1.1 takes a number without a point for a string.
+    """
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+# mmcv's transforms tell a tuple (one size) from a list (sizes to choose from).
+_Loader.add_constructor(
+    "!tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
 )
 
 _REQUIRED = object()
@@ -97,6 +127,9 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     "cfg_options": (dict, {}),
     "variants": (dict, {}),
     "grid": (dict, {}),
+    "amp": (bool, False),
+    "channels_last": (bool, False),
+    "tune": (dict, {}),
 }
 _ALLOWED = {"metric": ("mIoU", "mDice"), "split": ("test", "val")}
 
@@ -125,9 +158,8 @@ def load_benchmark(name: str) -> Benchmark:
     for key, high in (("threads", math.inf), ("rare_below", 1)):
         if not 0 <= values[key] <= high:
             raise cli.UserError(f"{path}: {key} is {values[key]}; it must be from 0 to {high}")
-    seeds = values["seeds"]
-    if not seeds or {type(s) for s in seeds} != {int} or len(set(seeds)) < len(seeds):
-        raise cli.UserError(f"{path}: seeds is {seeds!r}; it must be a list of different integers")
+    values["seeds"] = _seeds(values["seeds"], str(path))
+    values["tune"] = _tune(values["tune"], values["seeds"], f"{path}: tune")
     variants = {
         str(key): _variant(str(key), value, f"{path}: variant {key!r}")
         for key, value in values.pop("variants").items()
@@ -141,7 +173,60 @@ def load_benchmark(name: str) -> Benchmark:
         )
     values["title"] = values["title"] or values["name"]
     values["note"] = " ".join(values["note"].split())
-    return Benchmark(path=path, variants=variants, axes=axes, **{**values, "seeds": tuple(seeds)})
+    return Benchmark(path=path, variants=variants, axes=axes, **values)
+
+
+def _seeds(seeds: list[Any], where: str) -> tuple[int, ...]:
+    if not seeds or {type(s) for s in seeds} != {int} or len(set(seeds)) < len(seeds):
+        raise cli.UserError(f"{where}: seeds is {seeds!r}; it must be a list of different integers")
+    return tuple(seeds)
+
+
+_TUNE = {
+    "key": ((str, list), _REQUIRED),
+    "name": ((str, type(None)), None),
+    "values": (list, []),
+    "scales": (list, []),
+    "seeds": (list, []),
+    "split": (str, "val"),
+    "drop_below": ((int, float, type(None)), 1.5),
+}
+
+
+def _tune(raw: dict[str, Any], seeds: tuple[int, ...], where: str) -> Tune | None:
+    """What is tuned, and how."""
+    if not raw:
+        return None
+    given = _fields(raw, _TUNE, where)
+    keys = given["key"] if isinstance(given["key"], list) else [given["key"]]
+    if not keys or not all(isinstance(key, str) and key for key in keys):
+        raise cli.UserError(f"{where}: key is {given['key']!r}; it must be a key or a list of them")
+    if bool(given["values"]) == bool(given["scales"]):
+        raise cli.UserError(
+            f"{where} needs either values, which every key is set to, or scales, by which the "
+            "value of each key in the config is multiplied"
+        )
+    kind = "values" if given["values"] else "scales"
+    values = given[kind]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if len(values) < 2 or not numbers or sorted(set(values)) != values:
+        raise cli.UserError(
+            f"{where}: {kind} is {values!r}; it must be a list of two numbers or more that grow"
+        )
+    if given["split"] not in ("val", "test"):
+        raise cli.UserError(f"{where}: split is {given['split']!r}; allowed are val, test")
+    margin = given["drop_below"]
+    if margin is not None and not margin >= 0:
+        raise cli.UserError(f"{where}: drop_below is {margin}; it must be 0 or more, or null")
+    return Tune(
+        keys=tuple(keys),
+        name=given["name"] or keys[0].rpartition(".")[2],
+        values=tuple(values),
+        scale=kind == "scales",
+        seeds=_seeds(given["seeds"] or [seeds[0]], where),
+        split=given["split"],
+        drop_below=margin,
+    )
 
 
 def _fields(raw: Any, fields: dict[str, tuple[Any, Any]], where: str) -> dict[str, Any]:
@@ -215,80 +300,16 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-# --- records ---------------------------------------------------------------------------------
-
-
-def record_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two records the same job."""
-    return tuple(record[key] for key in ("benchmark", "variant", "seed", "config_hash"))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a file of records; a last line that a kill has torn does not count.
+def check_shared_value(benchmark: Benchmark, value: float) -> float:
+    """Check the value of ``--at``; return it as the benchmark file has it.
 
     Raises:
-        UserError: Another line is not a record.
+        UserError: It is none of the tuned values, or nothing is tuned.
     """
-    return _parse(path.read_bytes(), path)[0] if path.is_file() else []
-
-
-def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records, and how many bytes at the end belong to a torn one."""
-    records: list[dict[str, Any]] = []
-    lines = content.splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            record_key(record)
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                return records, len(line)
-            raise cli.UserError(f"{path}, line {number} is not a record of this tool") from error
-        records.append(record)
-    return records, 0
-
-
-def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Append a record on a line of its own, unless the file has it already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        lock(file, wait=True)
-        file.seek(0)
-        # Not read_records: closing the file there would end the lock here.
-        content = file.read()
-        records, torn = _parse(content, path)
-        if record_key(record) in map(record_key, records):
-            return
-        file.truncate(len(content) - torn)
-        if not torn and content and not content.endswith(b"\n"):
-            file.write(b"\n")
-        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def lock(file: Any, wait: bool) -> bool:
-    """Lock an open file for this process; the lock ends with the process, however it ends.
-
-    Record locks, not flock: processes forked from this one (data loaders) do not hold them.
-    """
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file at once, so that a kill leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, ensure_ascii=False)
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; None when there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    if benchmark.tune is None:
+        raise cli.UserError(f"--at {value:g}: {benchmark.path} has no tune")
+    for known in benchmark.tune.values:
+        if known == value:
+            return known
+    known_values = ", ".join(f"{v:g}" for v in benchmark.tune.values)
+    raise cli.UserError(f"--at {value:g}: the values of tune are {known_values}")

@@ -1,0 +1,255 @@
+"""One job of a benchmark: a process that trains and tests one variant with one seed.
+
+``python -m ohem_mm.bench.job FOLDER/job.json`` is how the scheduler starts it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# As in train.py: torch's threads must not spin while other processes want the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from ohem_mm import cli
+from ohem_mm.bench.provenance import provenance
+from ohem_mm.bench.records import lock, write_json
+
+# After cli, which says what to install when mmengine is missing.
+from mmengine.config import Config  # isort: skip
+from mmengine.hooks import Hook  # isort: skip
+
+__all__ = ["JobHook", "latest_checkpoint", "run_job"]
+
+HASHED_BATCHES = 10
+MIB = 2**20
+
+
+class JobHook(Hook):  # type: ignore[misc]
+    """Reports progress, and collects what the record says about the training.
+
+    What it collects lies in the message hub, so checkpoints carry it through a kill.
+    """
+
+    # Before the hook that writes checkpoints.
+    priority = "VERY_HIGH"
+
+    def __init__(self, folder: Path, metric: str) -> None:
+        self.folder = folder
+        self.metric = metric
+        self.written = 0.0
+        self.notes: dict[str, Any] = {}  # the message hub holds this very object
+
+    def progress(self, runner: Any, text: str, done: int, loss: Any = None) -> None:
+        """Tell the parent, about once a second; ``done`` counts iterations of the training."""
+        if runner.rank > 0 or (time.monotonic() - self.written < 1 and done > 1):
+            return
+        self.written = time.monotonic()
+        if loss is not None:
+            text += f", loss {float(loss):.3f}"
+        share = done / runner.max_iters
+        write_json(self.folder / "progress.json", {"text": text, "share": share})
+
+    def before_train(self, runner: Any) -> None:
+        """Fingerprint the initial weights; make up for a validation that a kill prevented."""
+        if runner.iter == 0:
+            model = getattr(runner.model, "module", runner.model)
+            # Parameters alone: a loss may keep settings (class weights) in buffers.
+            weights = digest(model.parameters())
+            self.notes = {"weights": weights, "order": "", "batches": []}
+            self.notes |= {"curve": [], "memory": 0.0, "resumed": []}
+        else:
+            self.notes = runner.message_hub.get_info("benchmark")
+            self.notes["resumed"].append(runner.iter)
+        runner.message_hub.update_info("benchmark", self.notes)
+        loop = runner.train_loop
+        interval = getattr(loop, "val_interval", 0)
+        # The checkpoint of an iteration is written before its validation.
+        if (
+            runner.iter > 0
+            and runner.val_loop is not None
+            and type(loop).__name__ == "IterBasedTrainLoop"
+            and runner.iter >= loop.val_begin
+            and (runner.iter % interval == 0 or runner.iter == loop.max_iters)
+        ):
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Fingerprint the order of the images, and the content of the first batches."""
+        samples = data_batch["data_samples"]
+        order = [self.notes["order"], *(str(sample.get("img_path")) for sample in samples)]
+        self.notes["order"] = hashlib.sha1("\n".join(order).encode()).hexdigest()[:12]
+        # A resumed run gets the same images, but mmengine may augment them differently.
+        if batch_idx < HASHED_BATCHES and not self.notes["resumed"]:
+            labels = [sample.gt_sem_seg.data for sample in samples]
+            self.notes["batches"].append(digest([*data_batch["inputs"], *labels]))
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Note the peak memory, and report progress."""
+        self.notes["memory"] = max(self.notes["memory"], peak_memory())
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        done = runner.iter + 1
+        self.progress(runner, f"train {done}/{runner.max_iters}", done, loss)
+
+    def after_val_iter(self, runner: Any, batch_idx: int, **_: Any) -> None:
+        """Report progress."""
+        text = f"validate {batch_idx + 1}/{len(runner.val_dataloader)}"
+        self.progress(runner, text, runner.iter)
+
+    def after_test_iter(self, runner: Any, batch_idx: int, **_: Any) -> None:
+        """Report progress."""
+        text = f"test {batch_idx + 1}/{len(runner.test_dataloader)}"
+        self.progress(runner, text, runner.max_iters)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Add a point to the curve."""
+        if metrics and self.metric in metrics:
+            self.notes["curve"].append([runner.iter, round(float(metrics[self.metric]), 4)])
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """A short hash of the bytes of some tensors."""
+    total = hashlib.sha1(usedforsecurity=False)
+    for tensor in tensors:
+        total.update(
+            tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return total.hexdigest()[:12]
+
+
+def peak_memory() -> float:
+    """Peak memory of this process in MiB: allocated on the GPU, else resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MIB
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MIB if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+
+
+def end_with_parent() -> None:
+    """End this process when the parent ends, even by kill -9: then stdin reaches its end."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint: a kill may have torn the last one."""
+    steps = {}
+    for path in folder.glob("*.pth"):
+        found = re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name)
+        # The table of contents of a zip file, which a checkpoint is, lies at its end.
+        if found and zipfile.is_zipfile(path):
+            steps[int(found.group(1))] = path
+    return steps[max(steps)] if steps else None
+
+
+def run_job(file: Path) -> None:
+    """Train and test one variant with one seed, and write its record beside ``file``."""
+    end_with_parent()
+    folder = file.parent
+    spec = json.loads(file.read_text())
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    with (folder / "lock").open("w") as file_lock:
+        if rank == 0:
+            lock(file_lock, wait=True)  # a predecessor, whose parent was killed, is about to end
+        record = _train_and_test(spec, folder, provenance())
+    if rank == 0:
+        write_json(folder / "record.json", record)
+
+
+def _train_and_test(
+    spec: dict[str, Any], folder: Path, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    from mmseg.evaluation import IoUMetric
+    from mmseg.registry import METRICS
+
+    per_class: dict[str, Any] = {}
+
+    @METRICS.register_module()
+    class BenchmarkIoUMetric(IoUMetric):  # type: ignore[misc]
+        """mmseg's metric; keeps the values of the classes, which mmseg prints and drops."""
+
+        def compute_metrics(self, results: list[Any]) -> Any:
+            areas = [sum(column) for column in zip(*results, strict=True)]
+            per_class.update(self.total_area_to_metrics(*areas, metrics=["mIoU", "mDice"]))
+            return super().compute_metrics(results)
+
+    cfg = Config.fromstring(spec["config_text"], ".py")
+    cfg.launcher = spec["launcher"]
+    for _, node in cli.iter_dicts(cfg.test_evaluator):
+        if cli.type_name(node) == "IoUMetric":
+            node["type"] = BenchmarkIoUMetric.__name__
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None:
+        cfg.resume, cfg.load_from = True, str(checkpoint)
+    runner = cli.build_runner(cfg)
+    runner.register_hook(JobHook(folder, spec["metric"]))
+    runner.train()
+    start = time.perf_counter()
+    runner.test()
+    test_seconds = time.perf_counter() - start
+    if runner.rank > 0:  # mmengine brings all results to the first process
+        return {}
+
+    def percent(values: Any) -> list[float | None]:
+        return [round(100 * float(v), 4) if math.isfinite(v) else None for v in values]
+
+    def mean(name: str) -> float | None:
+        values = [value for value in percent(per_class[name]) if value is not None]
+        return round(statistics.fmean(values), 4) if values else None
+
+    hub = runner.message_hub
+    kept, kept_last = {}, {}
+    for name, history in hub.log_scalars.items():
+        found = re.fullmatch(r"train/ohem/(.+)/kept_share", name)
+        if found:
+            shares = history.data[0]
+            kept[found.group(1)] = round(float(shares.mean()), 6)
+            # Of the last tenth of the training: what is still hard then.
+            kept_last[found.group(1)] = round(float(shares[-(len(shares) // 10 + 1) :].mean()), 6)
+    notes = hub.get_info("benchmark")
+    return {
+        **spec["record"],
+        **provenance,
+        "iterations": runner.max_iters,
+        "train_seconds": round(float(hub.get_scalar("train/time").data[0].sum()), 1),
+        "test_seconds": round(test_seconds, 1),
+        "peak_memory_mib": round(notes["memory"], 1),
+        "metrics": {
+            "aAcc": percent([per_class["aAcc"]])[0],
+            **{f"m{name}": mean(name) for name in ("IoU", "Acc", "Dice")},
+        },
+        "classes": list(runner.test_dataloader.dataset.metainfo["classes"]),
+        "IoU": percent(per_class["IoU"]),
+        "Dice": percent(per_class["Dice"]),
+        "kept_share": kept or None,
+        "kept_share_last_tenth": kept_last or None,
+        **{key: notes[key] for key in ("weights", "order", "batches", "resumed", "curve")},
+        "loss": round(float(hub.get_scalar("train/loss").mean(50)), 6),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(lambda: run_job(Path(sys.argv[1]))))

@@ -1,0 +1,166 @@
+"""Plots from the records of a benchmark, and from nothing else: same records, same bytes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ohem_mm import cli
+from ohem_mm.bench.report import Results, grid_scores, panels
+from ohem_mm.bench.text import EXTRA
+
+__all__ = ["plot"]
+
+# Okabe and Ito: told apart by colour-blind readers.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+STYLES = ("-", "--", ":")
+
+
+def plot(results: Results, folder: Path) -> list[Path]:
+    """Draw what the records allow, as SVG; the same records give the same bytes.
+
+    Returns:
+        The files: differences of the classes to the baseline, validation curves, heat maps.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise cli.UserError(EXTRA.format("matplotlib")) from None
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    # The salt makes the names of SVG elements the same in every run.
+    with matplotlib.rc_context({"svg.hashsalt": results.benchmark.name, "font.size": 10}):
+        drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
+        for name, draw in drawings.items():
+            figure = draw(results)
+            if figure is not None:
+                path = folder / f"{results.benchmark.name}-{name}.svg"
+                metadata = {"Date": None, "Creator": None}
+                figure.savefig(path, metadata=metadata, bbox_inches="tight")
+                files.append(path)
+    return files
+
+
+def _plain(label: str) -> str:
+    """A label without markdown's marks for code."""
+    return label.replace("`", "")
+
+
+def _draw_classes(results: Results) -> Any:
+    """Bars: mean difference of each class to the baseline; points: seeds."""
+    from matplotlib.figure import Figure
+
+    benchmark = results.benchmark
+    base = benchmark.baseline
+    names = [n for n in results.runs if n != base and not benchmark.variants[n].cell]
+    if base not in results.runs or not names:
+        return None
+    shares = results.first["class_shares"]
+    order = sorted(range(len(shares)), key=lambda i: shares[i], reverse=True)
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    size = (2.2 + 2.9 * columns, lines * (0.9 + 0.26 * len(order)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axis, name in zip(axes, names, strict=False):
+        for row, i in enumerate(order):
+            reference = results.class_scores(base, i)
+            scores = results.class_scores(name, i)
+            values = [scores[s] - reference[s] for s in scores if s in reference]
+            if values:
+                mean = statistics.fmean(values)
+                axis.barh(row, mean, color=COLOURS[4] if mean >= 0 else COLOURS[1], alpha=0.75)
+                axis.scatter(values, [row] * len(values), s=9, color=COLOURS[0], zorder=3)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(_plain(benchmark.variants[name].label), fontsize=10)
+    for axis in list(axes)[len(names) :]:
+        axis.remove()
+    labels = [f"{results.first['classes'][i]} ({100 * shares[i]:.2g} %)" for i in order]
+    first = figure.axes[0]
+    first.set_yticks(range(len(order)), labels)
+    first.invert_yaxis()
+    label = _plain(benchmark.variants[base].label)
+    figure.supxlabel(
+        f"{benchmark.metric[1:]} minus that of {label}, percentage points", fontsize=10
+    )
+    return figure
+
+
+def _draw_curves(results: Results) -> Any:
+    """Validation over training: mean and range over seeds."""
+    from matplotlib.figure import Figure
+
+    variants = results.benchmark.variants
+    curves = {}
+    for name, runs in results.runs.items():
+        points: dict[int, list[float]] = {}
+        for run in runs.values():
+            for step, value in run["curve"]:
+                points.setdefault(step, []).append(value)
+        if len(points) > 1 and not variants[name].cell:
+            curves[name] = dict(sorted(points.items()))
+    if not curves:
+        return None
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, points) in enumerate(curves.items()):
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+        steps = list(points)
+        means = [statistics.fmean(values) for values in points.values()]
+        axis.plot(
+            steps, means, style, color=colour, label=_plain(variants[name].label), marker="o", ms=3
+        )
+        low, high = map(min, points.values()), map(max, points.values())
+        axis.fill_between(steps, list(low), list(high), color=colour, alpha=0.12, linewidth=0)
+    axis.set_xlabel("iteration")
+    axis.set_ylabel(f"{results.benchmark.metric} on the validation split, %")
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc="outside right upper")
+    return figure
+
+
+def _draw_grid(results: Results) -> Any:
+    """Heat maps: a panel for each value of the third axis, a row for each score."""
+    from matplotlib.figure import Figure
+
+    axes, grids = results.benchmark.axes, panels(results)
+    if not grids:
+        return None
+    scores = grid_scores(results)
+    columns = axes[1].labels if len(axes) > 1 else ("",)
+    size = (
+        1.6 + len(grids) * (0.7 + 0.75 * len(columns)),
+        len(scores) * (1.0 + 0.42 * len(axes[0].labels)),
+    )
+    figure = Figure(figsize=size, layout="constrained")
+    frames = figure.subplots(len(scores), len(grids), squeeze=False)
+    for line, (name, score) in zip(frames, scores, strict=True):
+        data = [
+            [
+                [statistics.fmean(map(score, runs)) if runs else math.nan for runs in row]
+                for row in grid
+            ]
+            for _, grid in grids
+        ]
+        flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
+        low = min(flat)
+        high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
+        for frame, (title, _), values in zip(line, grids, data, strict=True):
+            image = frame.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+            for i, row in enumerate(values):
+                for j, value in enumerate(row):
+                    ink = "white" if value < (low + high) / 2 else "black"
+                    text = frame.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
+                    text.set_fontsize(9)
+            frame.set_xticks(range(len(columns)), columns)
+            frame.set_yticks(range(len(axes[0].labels)), axes[0].labels)
+            frame.set_title(title, fontsize=10)
+            if len(axes) > 1:
+                frame.set_xlabel(axes[1].name)
+        line[0].set_ylabel(axes[0].name)
+        figure.colorbar(image, ax=list(line), label=f"{name}, %")
+    return figure

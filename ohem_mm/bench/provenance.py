@@ -1,0 +1,62 @@
+"""Where a measurement comes from: commit, versions and hardware."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ohem_mm
+from ohem_mm.config import config_path
+
+__all__ = ["provenance"]
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and hardware of this process."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    # The continuation of OpenMMLab has the same import names under other package names.
+    for names in (("onedl-mmengine", "mmengine"), ("onedl-mmsegmentation", "mmsegmentation")):
+        for name in names:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+                break
+    versions["ohem_mm"] = ohem_mm.__version__
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = found.group(1).strip() if found else cpu
+    has_affinity = hasattr(os, "sched_getaffinity")
+    hardware = {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {**_commit(), "versions": versions, "hardware": hardware}
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of the checkout, and whether code or configs differ from it."""
+    root = config_path("tools/train.py").parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return {"commit": None, "dirty": None}
+        code = ("ohem_mm", "configs", "tools", ":!*.jsonl", ":!*.md")
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--", *code)),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}

@@ -1,0 +1,89 @@
+"""Records of a benchmark: one JSON object on a line, one finished run of one variant with one seed.
+
+Lines are only ever appended. A kill may tear the last one; it then does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ohem_mm import cli
+
+
+def record_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two records the same job."""
+    return tuple(record[key] for key in ("benchmark", "variant", "seed", "config_hash"))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a file of records; a last line that a kill has torn does not count.
+
+    Raises:
+        UserError: Another line is not a record.
+    """
+    return _parse(path.read_bytes(), path)[0] if path.is_file() else []
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records, and how many bytes at the end belong to a torn one."""
+    records: list[dict[str, Any]] = []
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record_key(record)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                return records, len(line)
+            raise cli.UserError(f"{path}, line {number} is not a record of this tool") from error
+        records.append(record)
+    return records, 0
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Append a record on a line of its own, unless the file has it already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        lock(file, wait=True)
+        file.seek(0)
+        # Not read_records: closing the file there would end the lock here.
+        content = file.read()
+        records, torn = _parse(content, path)
+        if record_key(record) in map(record_key, records):
+            return
+        file.truncate(len(content) - torn)
+        if not torn and content and not content.endswith(b"\n"):
+            file.write(b"\n")
+        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lock(file: Any, wait: bool) -> bool:
+    """Lock an open file for this process; the lock ends with the process, however it ends.
+
+    Record locks, not flock: processes forked from this one (data loaders) do not hold them.
+    """
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file at once, so that a kill leaves the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, ensure_ascii=False)
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None when there is none."""
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,67 @@
+"""Cells, tables and numbers as text."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+__all__ = ["EXTRA", "clock", "difference", "half_width", "mean_std", "table"]
+
+EXTRA = "this needs {}; install it with: pip install 'ohem-mm[bench]'"
+
+
+def clock(seconds: float | None) -> str:
+    """1:05 or 2:03:04."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of a mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
+
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """``mean ± sample standard deviation``."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference(values: Sequence[float]) -> str:
+    """``mean [interval]`` of paired differences; bold when the interval excludes zero."""
+    if not values or any(map(math.isnan, values)):
+        return "-"
+    mean, half = statistics.fmean(values), half_width(values)
+    if half is None:
+        return f"{mean:+.2f}"
+    text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, padded; the first column is text, the others are figures."""
+    clean = [[_cell(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*clean, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(clean[0]), line(rule), *map(line, clean[1:])])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
