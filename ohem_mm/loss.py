@@ -358,7 +358,7 @@ class OhemCrossEntropyLoss(nn.Module):
                 value = value.tolist()
             if name in ("thresh", "min_kept") or value != parameter.default:
                 shown.append(f"{name}={value!r}")
-        return ", ".join(name for name in shown if not name.startswith(("self=", "unknown=")))
+        return ", ".join(shown)
 
 
 def _setting(name: str) -> property:
