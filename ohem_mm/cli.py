@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ohem_mm.config import UnknownConfigError, config_path
+from ohem_mm.errors import UserError
 
 try:
     from mmengine.config import Config, DictAction
@@ -57,10 +58,6 @@ __all__ = [
     "use_bf16",
     "use_channels_last",
 ]
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; its message is one sentence that says how."""
 
 
 def run(main: Callable[[], None]) -> int:

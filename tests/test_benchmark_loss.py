@@ -1,11 +1,15 @@
 import csv
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from ohem_mm.bench.speed import meter, problems, providers, report
 from ohem_mm.config import config_path
+from ohem_mm.errors import UserError
 
 pytest.importorskip("mmseg")
 pytest.importorskip("rich")
@@ -34,6 +38,12 @@ def config(row):
     return json.loads(row["config"])
 
 
+def cells(text):
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in lines]
+    return [row for row in rows if not row[0].startswith("---")]
+
+
 def test_records_and_report(tool, out, capsys):
     command = ["--shapes", SHAPE, "--modes", "step", "backward", "--providers", *CHOSEN, *QUICK]
     tool.main([*command, "--out", str(out)])
@@ -41,14 +51,14 @@ def test_records_and_report(tool, out, capsys):
     with out.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    assert reader.fieldnames == tool.COLUMNS
-    providers = tool.choose_providers(CHOSEN)
-    assert len(providers) == 7
+    assert reader.fieldnames == report.COLUMNS
+    chosen = providers.choose_providers(CHOSEN)
+    assert len(chosen) == 7
     measured = {(r["provider"], r["mode"], r["metric"], config(r)["acc_seg"]) for r in rows}
     kinds = [("step", "time"), ("step", "memory"), ("backward", "time")]
-    expected = {(p, *kind, acc) for p in providers for kind in kinds for acc in (True, False)}
+    expected = {(p, *kind, acc) for p in chosen for kind in kinds for acc in (True, False)}
     expected -= {("ohem_mm fused hook", *kind, False) for kind in kinds}
-    assert measured == expected | {(tool.FLOOR, "step", "time", True)}
+    assert measured == expected | {(report.FLOOR, "step", "time", True)}
     assert len(rows) == len(measured)
     for row in rows:
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
@@ -61,38 +71,38 @@ def test_records_and_report(tool, out, capsys):
     )
 
     # The table is made from the records, those of the last run.
-    assert printed.out.strip() == tool.tables(rows)
-    assert all(provider in printed.out for provider in providers)
+    assert printed.out.strip() == report.tables(rows)
+    assert all(provider in printed.out for provider in chosen)
     later = [{**row, "timestamp": "2999", "p50": "1234"} for row in rows]
-    tool.append(out, later)
-    assert tool.read(out) == rows + later
+    report.append(out, later)
+    assert report.read(out) == rows + later
     tool.main(["--report", "--out", str(out)])
-    assert capsys.readouterr().out.strip() == tool.tables(later)
+    assert capsys.readouterr().out.strip() == report.tables(later)
 
 
 def test_ratios(tool):
     def row(provider, metric, p50, shape="a", sweep="shape"):
         about = {"sweep": sweep, "shape": shape, "hard": 0.2, "acc_seg": True}
-        row = dict.fromkeys(tool.COLUMNS, "") | {"provider": provider, "metric": metric}
+        row = dict.fromkeys(report.COLUMNS, "") | {"provider": provider, "metric": metric}
         return row | {"mode": "step", "p50": p50, "p20": 1, "p80": 300, "config": json.dumps(about)}
 
     rows = [
-        row(tool.BASELINE, "time", 200.0),
-        row(tool.BASELINE, "memory", 30),
+        row(providers.BASELINE, "time", 200.0),
+        row(providers.BASELINE, "memory", 30),
         row("ours", "time", 8.0),
         row("ours", "memory", 3),
         row("ours", "time", 7.0, shape="b"),
     ]
-    first, second = tool.tables(rows).split("\n\n**")
-    assert "| ours | 8 (1 to 300) | 25.00 | 3 | 10.00 |" in first
-    assert "| ours | 7 (1 to 300) |  |" in second
-    assert "20 % of the pixels hard" in first
+    first, second = (cells(table) for table in report.tables(rows).split("\n\n**"))
+    assert ["ours", "8 (1 to 300)", "25.00", "3", "10.00"] in first
+    assert ["ours", "7 (1 to 300)", ""] in second
+    assert report.tables(rows).count("20 % of the pixels hard") == 2
 
 
 @pytest.mark.parametrize("what", ["loss", "acc_seg"])
 @pytest.mark.parametrize("name", ["ohem_mm portable", "mmseg sampler top-k", "plain CE"])
 def test_a_wrong_value_is_an_error(tool, out, monkeypatch, name, what):
-    honest = tool.PROVIDERS[name]
+    honest = providers.PROVIDERS[name]
 
     def build(problem, acc_seg):
         step = honest.build(problem, acc_seg)
@@ -103,22 +113,24 @@ def test_a_wrong_value_is_an_error(tool, out, monkeypatch, name, what):
 
         return wrong
 
-    monkeypatch.setitem(tool.PROVIDERS, name, honest._replace(build=build))
-    with pytest.raises(tool.WrongValueError, match=rf"{what}.* of {name} .* is \S+, but .* be \d"):
+    monkeypatch.setitem(providers.PROVIDERS, name, honest._replace(build=build))
+    with pytest.raises(
+        problems.WrongValueError, match=rf"{what}.* of {name} .* is \S+, but .* be \d"
+    ):
         tool.main(["--shapes", SHAPE, "--providers", name, *QUICK, "--out", str(out)])
     assert not out.exists()
 
 
 def test_nan_is_a_wrong_value(tool):
-    with pytest.raises(tool.WrongValueError):
-        tool.check("it", float("nan"), 1.0)
+    with pytest.raises(problems.WrongValueError):
+        problems.check("it", float("nan"), 1.0)
 
 
 def test_a_backend_that_is_missing_is_left_out(tool, out, capsys):
     arguments = ["--shapes", SHAPE, "--providers", "triton", *QUICK, "--out", str(out)]
     tool.main(arguments)
     assert "ohem_mm triton is left out" in capsys.readouterr().err
-    assert {row["provider"] for row in tool.read(out)} == {tool.FLOOR}
+    assert {row["provider"] for row in report.read(out)} == {report.FLOOR}
 
 
 def test_peak_memory_of_known_tensors(tool):
@@ -131,13 +143,13 @@ def test_peak_memory_of_known_tensors(tool):
         third = torch.empty(2**16)
         return held, second, third
 
-    assert tool.cpu_peak(run) == 4 * (2**18 + 2**17)
+    assert meter.cpu_peak(run) == 4 * (2**18 + 2**17)
 
 
 @pytest.mark.parametrize("shape", ["2x19x128x256/8", "2x4x64x64/1", "1x40x128x128/4"])
 @pytest.mark.parametrize("hard", [0.1, 0.3])
 def test_share_of_hard_pixels(tool, shape, hard):
-    problem = tool.make_problem(tool.parse_shape(shape), "cpu", hard)
+    problem = problems.make_problem(problems.parse_shape(shape), "cpu", hard)
     assert problem.truth.hard == pytest.approx(hard, abs=0.03)
     assert problem.logits.shape[2:] == problem.shape.small
     assert problem.labels.shape == (problem.shape.n, problem.shape.height, problem.shape.width)
@@ -147,7 +159,7 @@ def test_sweeps_and_plots(tool, out, capsys):
     pytest.importorskip("matplotlib")
     arguments = ["--shapes", "1x5x64x128/8", "--sweep", "pixels", "kept", "--providers", "portable"]
     tool.main([*arguments, *QUICK, "--out", str(out), "--plot"])
-    rows = [row for row in tool.read(out) if row["provider"] == "ohem_mm portable"]
+    rows = [row for row in report.read(out) if row["provider"] == "ohem_mm portable"]
     pixels = [int(r["x"]) for r in rows if config(r)["sweep"] == "pixels" and r["metric"] == "time"]
     assert pixels == [64 * 128 // 4, 64 * 128]
     kept = [float(r["x"]) for r in rows if config(r)["sweep"] == "kept" and r["metric"] == "time"]
@@ -156,20 +168,20 @@ def test_sweeps_and_plots(tool, out, capsys):
     assert [plot.name.split("-")[1] for plot in plots] == ["kept", "pixels"]
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     printed = capsys.readouterr().out
-    assert "| pixels | ohem_mm portable | byte floor |" in printed
+    assert ["pixels", "ohem_mm portable", "byte floor"] in cells(printed)
     assert all(plot.name in printed for plot in plots)
 
 
 def test_iterations(tool, out):
     arguments = ["--modes", "iteration", "--networks", "segformer_mit-b0", "--image", "1x64x64"]
-    chosen = ["--providers", "plain CE", "fused", "top-k"]
-    tool.main([*arguments, *chosen, *QUICK, "--out", str(out)])
-    rows = tool.read(out)
+    words = ["--providers", "plain CE", "fused", "top-k"]
+    tool.main([*arguments, *words, *QUICK, "--out", str(out)])
+    rows = report.read(out)
     assert {(r["kernel"], r["mode"], r["metric"]) for r in rows} == {
         ("segformer_mit-b0", "iteration", metric) for metric in ("time", "memory")
     }
-    providers = {"plain CE", "ohem_mm fused hook", "mmseg sampler top-k"}
-    assert {r["provider"] for r in rows} == providers
+    chosen = {"plain CE", "ohem_mm fused hook", "mmseg sampler top-k"}
+    assert {r["provider"] for r in rows} == chosen
     assert {config(r)["shape"] for r in rows} == {"1x64x64"}
 
 
@@ -186,7 +198,7 @@ def test_iterations(tool, out):
     ],
 )
 def test_mistakes_end_in_one_sentence(tool, capsys, arguments, message):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises((SystemExit, UserError)) as error:
         tool.main(arguments)
     assert message in f"{error.value} {capsys.readouterr().err}"
 
@@ -194,6 +206,30 @@ def test_mistakes_end_in_one_sentence(tool, capsys, arguments, message):
 def test_records_of_another_form_are_refused(tool, out):
     out.parent.mkdir()
     out.write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit, match="the columns of"):
-        tool.append(out, [])
+    with pytest.raises(UserError, match="the columns of"):
+        report.append(out, [])
     assert out.read_text() == "a,b\n1,2\n"
+
+
+def test_the_committed_records_make_the_table_of_the_pages():
+    root = config_path("tools/train.py").parents[1]
+    pages = [root / "README.md", *root.glob("docs/**/*.md")]
+    shown = [row for page in pages for row in cells(page.read_text())]
+    text = report.tables(report.read(root / "tools" / "benchmarks" / "loss.csv"))
+    (made,) = (t for t in text.split("\n\n**") if "head_step, step, 2x19x512x1024/8" in t)
+    step = [row for row in cells(made) if row[0] not in ("provider", report.FLOOR)]
+    assert len(step) >= 9
+    assert all(row in shown for row in step)
+
+
+def test_without_openmmlab_what_needs_it_is_left_out(out):
+    arguments = ["--shapes", SHAPE, "--providers", "portable", "plain CE", *QUICK]
+    code = (
+        "import runpy, sys; sys.modules['mmengine'] = sys.modules['mmseg'] = None; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, config_path("tools/benchmark_loss.py"), *arguments]
+    command += ["--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "plain CE is left out: it needs mmseg" in " ".join(done.stderr.split())
+    assert [row[0] for row in cells(done.stdout)] == ["provider", "ohem_mm portable", "byte floor"]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ohem_mm import cli
+from ohem_mm.bench.drawing import COLOURS, draw_band, drawing, save
 from ohem_mm.bench.report import Results, grid_scores, panels
-from ohem_mm.bench.text import EXTRA
 
 __all__ = ["plot"]
-
-# Okabe and Ito: told apart by colour-blind readers.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-STYLES = ("-", "--", ":")
 
 
 def plot(results: Results, folder: Path) -> list[Path]:
@@ -23,24 +18,17 @@ def plot(results: Results, folder: Path) -> list[Path]:
 
     Returns:
         The files: differences of the classes to the baseline, validation curves, heat maps.
+
+    Raises:
+        UserError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise cli.UserError(EXTRA.format("matplotlib")) from None
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    # The salt makes the names of SVG elements the same in every run.
-    with matplotlib.rc_context({"svg.hashsalt": results.benchmark.name, "font.size": 10}):
+    with drawing(results.benchmark.name):
         drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
         for name, draw in drawings.items():
             figure = draw(results)
             if figure is not None:
-                path = folder / f"{results.benchmark.name}-{name}.svg"
-                metadata = {"Date": None, "Creator": None}
-                figure.savefig(path, metadata=metadata, bbox_inches="tight")
-                files.append(path)
+                files.append(save(figure, folder / f"{results.benchmark.name}-{name}.svg"))
     return files
 
 
@@ -71,7 +59,7 @@ def _draw_classes(results: Results) -> Any:
             scores = results.class_scores(name, i)
             values = [scores[s] - reference[s] for s in scores if s in reference]
             if values:
-                mean = statistics.fmean(values)
+                mean = fmean(values)
                 axis.barh(row, mean, color=COLOURS[4] if mean >= 0 else COLOURS[1], alpha=0.75)
                 axis.scatter(values, [row] * len(values), s=9, color=COLOURS[0], zorder=3)
         axis.axvline(0, color="black", linewidth=0.8)
@@ -108,17 +96,10 @@ def _draw_curves(results: Results) -> Any:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for i, (name, points) in enumerate(curves.items()):
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-        steps = list(points)
-        means = [statistics.fmean(values) for values in points.values()]
-        axis.plot(
-            steps, means, style, color=colour, label=_plain(variants[name].label), marker="o", ms=3
-        )
-        low, high = map(min, points.values()), map(max, points.values())
-        axis.fill_between(steps, list(low), list(high), color=colour, alpha=0.12, linewidth=0)
+        ranges = zip(*((fmean(v), min(v), max(v)) for v in points.values()), strict=True)
+        draw_band(axis, i, _plain(variants[name].label), list(points), *ranges)
     axis.set_xlabel("iteration")
     axis.set_ylabel(f"{results.benchmark.metric} on the validation split, %")
-    axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside right upper")
     return figure
 
@@ -140,10 +121,7 @@ def _draw_grid(results: Results) -> Any:
     frames = figure.subplots(len(scores), len(grids), squeeze=False)
     for line, (name, score) in zip(frames, scores, strict=True):
         data = [
-            [
-                [statistics.fmean(map(score, runs)) if runs else math.nan for runs in row]
-                for row in grid
-            ]
+            [[fmean(map(score, runs)) if runs else math.nan for runs in row] for row in grid]
             for _, grid in grids
         ]
         flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]

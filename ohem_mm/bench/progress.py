@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ohem_mm import cli
-from ohem_mm.bench.text import EXTRA, clock
+from ohem_mm.bench.text import clock
+from ohem_mm.errors import need
 
 __all__ = ["Display", "display_for", "say"]
 
@@ -102,10 +102,9 @@ def display_for(count: int) -> Iterator[Display]:
     if not sys.stdout.isatty():
         yield Display(count)
         return
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn
-    except ImportError:
-        raise cli.UserError(EXTRA.format("rich")) from None
+    need("rich")
+    from rich.progress import BarColumn, Progress, TextColumn
+
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, TextColumn("{task.fields[left]} left")) as progress:
         yield Bars(count, progress)

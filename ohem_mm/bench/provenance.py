@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -16,30 +15,38 @@ import torch
 import ohem_mm
 from ohem_mm.config import config_path
 
-__all__ = ["provenance"]
+__all__ = ["provenance", "versions"]
 
 
 def provenance() -> dict[str, Any]:
     """Commit, versions and hardware of this process."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    # The continuation of OpenMMLab has the same import names under other package names.
-    for names in (("onedl-mmengine", "mmengine"), ("onedl-mmsegmentation", "mmsegmentation")):
-        for name in names:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
-                break
-    versions["ohem_mm"] = ohem_mm.__version__
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        # The continuation of OpenMMLab has the same import names under other package names.
+        **(versions("onedl-mmengine") or versions("mmengine")),
+        **(versions("onedl-mmsegmentation") or versions("mmsegmentation")),
+        "ohem_mm": ohem_mm.__version__,
+    }
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = found.group(1).strip() if found else cpu
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = name.group(1).strip() if name else cpu
     has_affinity = hasattr(os, "sched_getaffinity")
     hardware = {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    return {**_commit(), "versions": versions, "hardware": hardware}
+    return {**_commit(), "versions": found, "hardware": hardware}
+
+
+def versions(package: str) -> dict[str, str]:
+    """The version of a package under its name; nothing where it is not installed."""
+    try:
+        return {package: importlib.metadata.version(package)}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
 
 
 def _commit() -> dict[str, Any]:
@@ -53,7 +60,7 @@ def _commit() -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return {"commit": None, "dirty": None}
-        code = ("ohem_mm", "configs", "tools", ":!*.jsonl", ":!*.md")
+        code = ("ohem_mm", "configs", "tools", ":!*.jsonl", ":!*.csv", ":!*.png", ":!*.md")
         return {
             "commit": git("rev-parse", "HEAD"),
             "dirty": bool(git("status", "--porcelain", "--", *code)),

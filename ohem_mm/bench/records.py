@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ohem_mm import cli
+from ohem_mm.errors import UserError
 
 
 def record_key(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -38,26 +39,43 @@ def _parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 return records, len(line)
-            raise cli.UserError(f"{path}, line {number} is not a record of this tool") from error
+            raise UserError(f"{path}, line {number} is not a record of this tool") from error
         records.append(record)
     return records, 0
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Append a record on a line of its own, unless the file has it already."""
+
+    def more(content: bytes) -> tuple[bytes, int]:
+        records, torn = _parse(content, path)
+        if record_key(record) in map(record_key, records):
+            return b"", 0
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode(), torn
+
+    extend(path, more)
+
+
+def extend(path: Path, more: Callable[[bytes], tuple[bytes, int]]) -> None:
+    """Append whole lines to a file, which is locked meanwhile, and have them on the disk.
+
+    Args:
+        path: The file; it and its folder are made if need be.
+        more: From what the file holds: what to append, and how many bytes to cut off before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         lock(file, wait=True)
         file.seek(0)
-        # Not read_records: closing the file there would end the lock here.
+        # Closing another handle of the file would end the lock.
         content = file.read()
-        records, torn = _parse(content, path)
-        if record_key(record) in map(record_key, records):
+        addition, torn = more(content)
+        if not addition:
             return
         file.truncate(len(content) - torn)
         if not torn and content and not content.endswith(b"\n"):
             file.write(b"\n")
-        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        file.write(addition)
         file.flush()
         os.fsync(file.fileno())
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ohem_mm import cli
 from ohem_mm.bench.files import Benchmark, check_shared_value
 from ohem_mm.bench.text import clock, difference, mean_std, table
 from ohem_mm.bench.tuning import Choice, choose
+from ohem_mm.errors import UserError
 
 MARKS = "<!-- report: {} -->", "<!-- end of report -->"
 
@@ -112,7 +112,7 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
         if seeds:
             runs[variant] = dict(sorted(seeds.items()))
     if not runs:
-        raise cli.UserError(
+        raise UserError(
             f"there are no records of {benchmark.name!r}; make them with: "
             f"python tools/benchmark_miou.py run {benchmark.shown_path}"
         )
@@ -343,5 +343,5 @@ def write(file: Path, name: str, text: str) -> None:
     head, found, rest = content.partition(start)
     _, closed, tail = rest.partition(end)
     if not found or not closed:
-        raise cli.UserError(f"{file} has no block from {start!r} to {end!r}")
+        raise UserError(f"{file} has no block from {start!r} to {end!r}")
     file.write_text(f"{head}{start}\n{text}{end}{tail}")

@@ -6,9 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-__all__ = ["EXTRA", "clock", "difference", "half_width", "mean_std", "table"]
-
-EXTRA = "this needs {}; install it with: pip install 'ohem-mm[bench]'"
+__all__ = ["clock", "difference", "half_width", "mean_std", "table"]
 
 
 def clock(seconds: float | None) -> str:
