@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -312,3 +313,114 @@ ORIGINALS: dict[str, Callable[..., Tensor]] = {
     "nnunet": hardest_share,
     "textbook": bisenet,
 }
+
+
+# Overlap losses.
+
+
+def overlap_score(
+    p: Tensor,
+    t: Tensor,
+    w: Tensor,
+    *,
+    kind: str = "dice",
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    smooth: float = 0.0,
+    squared: bool = False,
+    soft: bool = False,
+) -> Tensor:
+    """Overlap of one class over one pool.
+
+    Args:
+        p: Probability of the class at each pixel, float64, shape (P,).
+        t: Its target, likewise.
+        w: Weight of each pixel, likewise.
+        kind: 'dice', 'jaccard' or 'tversky'.
+        alpha: Cost of false positives.
+        beta: Cost of false negatives.
+        smooth: Added to numerator and denominator.
+        squared: Squares in the denominator.
+        soft: The target is not 0 or 1.
+
+    Returns:
+        A scalar; 1 where the denominator is 0.
+    """
+    both = torch.minimum(p, t) if soft and not squared else p * t
+    intersection = (w * both).sum()
+    predicted = (w * (p * p if squared else p)).sum()
+    labelled = (w * (t * t if squared else t)).sum()
+    if kind == "dice":
+        above, below = 2 * intersection, predicted + labelled
+    elif kind == "jaccard":
+        above, below = intersection, predicted + labelled - intersection
+    else:
+        above = intersection
+        below = intersection + alpha * (predicted - intersection) + beta * (labelled - intersection)
+    if below + smooth == 0:
+        return 1 + 0 * above
+    return (above + smooth) / (below + smooth)
+
+
+def region_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    pool: str = "batch",
+    classes: str = "present",
+    weighted_mean: bool = False,
+    ignore_index: int = 255,
+    use_sigmoid: bool = False,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    align_corners: bool = False,
+    **score: Any,
+) -> Tensor:
+    """``ohem_mm.region_loss`` on the CPU in float64, with the same arguments and result."""
+    logits = logits.double()
+    if target.dim() == logits.dim():
+        target = target.squeeze(1)
+    size = target.shape[1:]
+    if logits.shape[2:] != size:
+        mode = ["", "linear", "bilinear", "trilinear"][len(size)]
+        logits = F.interpolate(logits, size=size, mode=mode, align_corners=align_corners)
+    channels = logits.shape[1]
+    one = use_sigmoid and channels == 1
+    flat = logits.movedim(1, -1).reshape(-1, channels)
+    labels = target.reshape(-1).tolist()
+    pixel_weight = torch.ones(len(labels), dtype=torch.float64)
+    if weight is not None:
+        pixel_weight = weight.double().reshape(-1)
+
+    pools: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        if label != ignore_index:
+            image = i // max(1, size.numel())
+            pools.setdefault(image if pool == "image" else 0, []).append(i)
+
+    nothing = 0 * logits.nan_to_num(0, 0, 0).sum()
+    means = []
+    for members in pools.values():
+        z, w = flat[members], pixel_weight[members]
+        if w.sum() == 0:
+            continue
+        p = z.sigmoid() if use_sigmoid else z.softmax(1)
+        total, divisor = nothing, 0.0
+        for channel in range(channels):
+            cls = 1 if one else channel
+            hot = torch.tensor([labels[i] == cls for i in members]).double()
+            if classes == "present" and (w * hot).sum() == 0:
+                continue
+            spread = label_smoothing / (2 if use_sigmoid else channels)
+            t = hot * (1 - label_smoothing) + spread
+            loss = 1 - overlap_score(p[:, channel], t, w, soft=label_smoothing > 0, **score)
+            if gamma != 1:
+                loss = loss**gamma if loss > 0 else 0 * loss
+            share = 1.0 if class_weight is None else float(class_weight[cls])
+            total = total + share * loss
+            divisor += share if weighted_mean else 1.0
+        if divisor > 0:
+            means.append(total / divisor)
+    return torch.stack(means).mean() if means else nothing
