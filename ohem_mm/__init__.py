@@ -1,9 +1,17 @@
-"""Online hard example mining (OHEM) cross-entropy for OpenMMLab and plain PyTorch."""
+"""Online hard example mining (OHEM) cross-entropy and overlap losses for OpenMMLab and PyTorch."""
 
 from .loss import OhemCrossEntropyLoss, ohem_cross_entropy
-from .rule import OhemRule
+from .region import RegionLoss, region_loss
+from .rule import OhemRule, RegionRule
 
-__all__ = ["OhemCrossEntropyLoss", "OhemRule", "ohem_cross_entropy"]
+__all__ = [
+    "OhemCrossEntropyLoss",
+    "OhemRule",
+    "RegionLoss",
+    "RegionRule",
+    "ohem_cross_entropy",
+    "region_loss",
+]
 __version__ = "0.1.0"
 
 try:
@@ -14,5 +22,6 @@ else:
     from . import hooks, optim  # noqa: F401  (registers them)
 
     # The root registry, so that every OpenMMLab scope finds it. Reloading the module is harmless.
-    if OhemCrossEntropyLoss.__name__ not in MODELS.module_dict:
-        MODELS.register_module(module=OhemCrossEntropyLoss)
+    for _loss in (OhemCrossEntropyLoss, RegionLoss):
+        if _loss.__name__ not in MODELS.module_dict:
+            MODELS.register_module(module=_loss)

@@ -262,18 +262,19 @@ def _move_data_root(cfg: Config, old: str | None, new: str) -> None:
 
 
 def check_losses(cfg: Config) -> None:
-    """Build every OHEM loss of the config on its own, so that a bad setting is named at once.
+    """Build every loss of this package on its own, so that a bad setting is named at once.
 
     Raises:
         UserError: With the place in the config and the loss's own message.
     """
-    from ohem_mm import OhemCrossEntropyLoss
+    from ohem_mm import OhemCrossEntropyLoss, RegionLoss
 
+    ours = {kind.__name__: kind for kind in (OhemCrossEntropyLoss, RegionLoss)}
     for path, node in iter_dicts(cfg.get("model"), "model"):
-        if type_name(node) == OhemCrossEntropyLoss.__name__:
+        if type_name(node) in ours:
             settings = {key: node[key] for key in node if key not in ("type", "_scope_")}
             try:
-                OhemCrossEntropyLoss(**settings)
+                ours[type_name(node)](**settings)
             except (TypeError, ValueError, OSError) as error:
                 raise UserError(f"{path}: {error}") from error
 

@@ -14,15 +14,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .mining import Kept, keep_pixels, share_of, world_size, world_sum
-from .ops import choose_backend, pixel_cross_entropy, triton
+from .ops import Shared, choose_backend, pixel_cross_entropy, triton
 from .presets import preset_rule
-from .rule import OURS, SETTINGS, OhemRule, check_choice, is_int, is_number
+from .rule import OURS, SETTINGS, OhemRule, RegionRule, check_choice, is_int, is_number
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -52,6 +52,7 @@ def ohem_cross_entropy(
     align_corners: bool = False,
     reduction: Reduction = "mean",
     stats: dict[str, Any] | None = None,
+    shared: Shared | None = None,
     **settings: Any,
 ) -> Tensor:
     """Cross-entropy over the hard pixels.
@@ -80,6 +81,8 @@ def ohem_cross_entropy(
             of shape (N, ...): 'valid', bool; 'kept', the weight of each pixel in [0, 1]; and
             'mined', its unweighted loss. The Triton path has no such maps; another is used then.
             Nothing is read back to the host.
+        shared: What :func:`ohem_mm.joint.joint_losses` computed of the same logits and labels for
+            several losses; used where it fits.
         **settings: The rule in keywords: ``thresh``, ``min_kept`` and whatever else
             :class:`OhemRule` has, with its defaults.
 
@@ -103,11 +106,12 @@ def ohem_cross_entropy(
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     target = _wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
-    _check_classes(target, valid, num_classes, rule, class_weight, ignore_index)
+    _check_classes(target, valid, num_classes, rule.always_keep, class_weight, ignore_index)
     if weight is not None:
         weight = _drop_channel(weight, target.dim()).expand_as(target)
     if (
-        choose_backend(logits, use_sigmoid) == "triton"
+        shared is None
+        and choose_backend(logits, use_sigmoid) == "triton"
         and reduction != "none"
         and rule.pool != "world"
         and rule.habits == OURS
@@ -133,15 +137,18 @@ def ohem_cross_entropy(
             stats.update(hits=hits, num_valid=num_valid)
         return loss
 
-    mined, loss, hits = pixel_cross_entropy(
-        logits,
-        target,
-        valid,
-        use_sigmoid=use_sigmoid,
-        label_smoothing=label_smoothing,
-        align_corners=align_corners,
-        count_hits=stats is not None,
-    )
+    if shared is not None and shared.label_smoothing == label_smoothing:
+        mined, loss, hits = shared.mined, shared.loss, shared.hits
+    else:
+        mined, loss, hits = pixel_cross_entropy(
+            logits,
+            target,
+            valid,
+            use_sigmoid=use_sigmoid,
+            label_smoothing=label_smoothing,
+            align_corners=align_corners,
+            count_hits=stats is not None,
+        )
     scale = None
     if class_weight is not None:
         scale = class_weight.to(loss)[torch.where(valid, target, 0).long()]
@@ -190,16 +197,22 @@ def _divisor(
     return world_sum(divisor, rule.pool) / world_size(rule.pool)
 
 
-def _shows_settings(init: Callable[..., None]) -> Callable[..., None]:
-    """Show the fields of the rule, by name, in a signature that takes them as a whole."""
-    signature = inspect.signature(init)
-    first, *own = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    rule = [
-        inspect.Parameter(field.name, first.kind, default=field.default, annotation=str(field.type))
-        for field in fields(OhemRule)
-    ]
-    init.__signature__ = signature.replace(parameters=[first, *rule, *own])  # type: ignore[attr-defined]
-    return init
+def _shows_settings(
+    rule: type[OhemRule | RegionRule],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Show the fields of a rule, by name, in a signature that takes them as a whole."""
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(init)
+        first, *own = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        shown = [
+            inspect.Parameter(f.name, first.kind, default=f.default, annotation=str(f.type))
+            for f in fields(rule)
+        ]
+        init.__signature__ = signature.replace(parameters=[first, *shown, *own])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
 
 
 class OhemCrossEntropyLoss(nn.Module):
@@ -242,7 +255,7 @@ class OhemCrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    @_shows_settings
+    @_shows_settings(OhemRule)
     def __init__(
         self,
         *in_order: Any,
@@ -258,21 +271,10 @@ class OhemCrossEntropyLoss(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        for name in settings:
-            if name not in SETTINGS:
-                raise TypeError(_unknown_keyword(name))
-        if len(in_order) > len(SETTINGS):
-            raise TypeError(f"At most {len(SETTINGS)} settings go without a name: {SETTINGS}.")
-        for name, value in zip(SETTINGS, in_order, strict=False):
-            if name in settings:
-                raise TypeError(f"{name} is given twice: {value!r} and {settings[name]!r}.")
-            settings[name] = value
-        self.rule = replace(OhemRule() if preset is None else preset_rule(preset), **settings)
+        base = OhemRule() if preset is None else preset_rule(preset)
+        self.rule = _settle(base, in_order, settings, type(self), _FOREIGN)
         _check_options(reduction, label_smoothing, ignore_index)
-        if not isinstance(loss_name, str) or not loss_name.startswith("loss_"):
-            raise ValueError(f"loss_name must start with 'loss_', but got {loss_name!r}.")
-        if not is_number(loss_weight) or not 0 <= loss_weight < math.inf:
-            raise ValueError(f"loss_weight must be a finite number >= 0, but got {loss_weight!r}.")
+        _check_naming(loss_name, loss_weight)
         self.preset = preset
         self.ignore_index = ignore_index
         self.use_sigmoid = use_sigmoid
@@ -295,6 +297,7 @@ class OhemCrossEntropyLoss(nn.Module):
         reduction_override: Reduction | None = None,
         align_corners: bool | None = None,
         stats: dict[str, Any] | None = None,
+        shared: Shared | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Compute the loss, called as heads of mmseg and mmdet call theirs.
@@ -308,6 +311,7 @@ class OhemCrossEntropyLoss(nn.Module):
             reduction_override: Used instead of the reduction that the loss was built with.
             align_corners: Used instead of the setting that the loss was built with.
             stats: See :func:`ohem_cross_entropy`.
+            shared: See :func:`ohem_cross_entropy`.
             **kwargs: Whatever else a head passes; not used.
 
         Returns:
@@ -328,6 +332,7 @@ class OhemCrossEntropyLoss(nn.Module):
             align_corners=self.align_corners if align_corners is None else align_corners,
             reduction=self.reduction if reduction_override is None else reduction_override,
             stats=stats,
+            shared=shared,
         )
         return self.loss_weight * loss
 
@@ -351,23 +356,60 @@ class OhemCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings that differ from the defaults, and always thresh and min_kept."""
-        shown = []
-        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
-            value = getattr(self, name, parameter.default)
-            if isinstance(value, Tensor):
-                value = value.tolist()
-            if name in ("thresh", "min_kept") or value != parameter.default:
-                shown.append(f"{name}={value!r}")
-        return ", ".join(shown)
+        return _changed_settings(self, ("thresh", "min_kept"))
+
+
+_Rule = TypeVar("_Rule", OhemRule, RegionRule)
+
+
+def _settle(
+    base: _Rule,
+    in_order: tuple[Any, ...],
+    settings: dict[str, Any],
+    loss: type[nn.Module],
+    foreign: dict[str, str],
+) -> _Rule:
+    """The rule with the settings that a loss was given, by name or in order."""
+    names = [field.name for field in fields(base)]
+    for name in settings:
+        if name not in names:
+            raise TypeError(_unknown_keyword(name, loss, foreign))
+    if len(in_order) > len(names):
+        raise TypeError(f"At most {len(names)} settings go without a name: {', '.join(names)}.")
+    for name, value in zip(names, in_order, strict=False):
+        if name in settings:
+            raise TypeError(f"{name} is given twice: {value!r} and {settings[name]!r}.")
+        settings[name] = value
+    return replace(base, **settings)
+
+
+def _check_naming(loss_name: str, loss_weight: float) -> None:
+    """Raise ValueError where mmseg would not optimise the loss, or its weight is none."""
+    if not isinstance(loss_name, str) or not loss_name.startswith("loss_"):
+        raise ValueError(f"loss_name must start with 'loss_', but got {loss_name!r}.")
+    if not is_number(loss_weight) or not 0 <= loss_weight < math.inf:
+        raise ValueError(f"loss_weight must be a finite number >= 0, but got {loss_weight!r}.")
+
+
+def _changed_settings(loss: nn.Module, always: Sequence[str]) -> str:
+    """Settings of a loss that differ from the defaults, and some always, for its repr."""
+    shown = []
+    for name, parameter in inspect.signature(type(loss).__init__).parameters.items():
+        value = getattr(loss, name, parameter.default)
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        if name in always or value != parameter.default:
+            shown.append(f"{name}={value!r}")
+    return ", ".join(shown)
 
 
 def _setting(name: str) -> property:
     """A setting of the rule as an attribute of the loss; setting it makes a new rule."""
 
-    def get(loss: OhemCrossEntropyLoss) -> Any:
+    def get(loss: Any) -> Any:
         return getattr(loss.rule, name)
 
-    def set_(loss: OhemCrossEntropyLoss, value: Any) -> None:
+    def set_(loss: Any, value: Any) -> None:
         loss.rule = replace(loss.rule, **{name: value})
 
     return property(get, set_)
@@ -386,15 +428,12 @@ def _check_options(reduction: str, label_smoothing: float, ignore_index: int | N
         raise TypeError(f"ignore_index must be an int or None, but got {ignore_index!r}.")
 
 
-def _unknown_keyword(name: str) -> str:
-    allowed = list(inspect.signature(OhemCrossEntropyLoss.__init__).parameters)[1:-1]
+def _unknown_keyword(name: str, loss: type[nn.Module], foreign: dict[str, str]) -> str:
+    allowed = list(inspect.signature(loss.__init__).parameters)[1:-1]
     near = difflib.get_close_matches(name, allowed, n=1)
-    meant = _FOREIGN.get(name) or (near[0] if near else None)
+    meant = foreign.get(name) or (near[0] if near else None)
     hint = f" Did you mean {meant}?" if meant else ""
-    return (
-        f"OhemCrossEntropyLoss got an unknown keyword {name!r}.{hint} "
-        f"Allowed: {', '.join(allowed)}."
-    )
+    return f"{loss.__name__} got an unknown keyword {name!r}.{hint} Allowed: {', '.join(allowed)}."
 
 
 def _load_class_weight(source: Sequence[float] | str | os.PathLike[str]) -> list[float]:
@@ -464,12 +503,12 @@ def _check_classes(
     target: Tensor,
     valid: Tensor,
     num_classes: int,
-    rule: OhemRule,
+    always_keep: Sequence[int],
     class_weight: Tensor | None,
     ignore_index: int,
 ) -> None:
     """Check what depends on the number of classes."""
-    for cls in rule.always_keep:
+    for cls in always_keep:
         if cls >= num_classes:
             raise ValueError(f"always_keep names class {cls}, but there are {num_classes} classes.")
     if class_weight is not None and class_weight.shape != (num_classes,):

@@ -1,4 +1,4 @@
-"""The OHEM rules of other implementations, as settings of ``OhemCrossEntropyLoss``.
+"""The rules of other implementations, of ``OhemCrossEntropyLoss`` and of ``RegionLoss``.
 
 Each preset gives the loss and the gradient of its original wherever the original is well defined.
 It does not reproduce defects (NaN, exceptions, zeros without a gradient, NaN logits that vanish);
@@ -9,8 +9,9 @@ there it follows our own rule, as it does between tied pixels, which share the p
 from __future__ import annotations
 
 import difflib
+from typing import TypeVar
 
-from .rule import Habits, OhemRule
+from .rule import Habits, OhemRule, RegionHabits, RegionRule
 
 PRESETS: dict[str, OhemRule] = {
     # mmseg's OHEMPixelSampler beside its CrossEntropyLoss: min_kept pixels per image, pooled.
@@ -64,6 +65,43 @@ PRESETS: dict[str, OhemRule] = {
     "textbook": OhemRule(thresh=0.7, min_kept=1 / 16),
 }
 
+# Overlap losses. ``docs/region.md`` says where they deviate from their originals.
+_ABSENT_ARE_ZERO = RegionHabits(absent_are_zero=True)
+REGION_PRESETS: dict[str, RegionRule] = {
+    # segmentation_models_pytorch: absent classes pull the mean down; class weights are normalised.
+    # A smooth of 1 there is 2 here in Dice, and 1 in the others; the default is 0.
+    "smp-dice": RegionRule(weighted_mean=True, habits=_ABSENT_ARE_ZERO),
+    "smp-jaccard": RegionRule(kind="jaccard", weighted_mean=True, habits=_ABSENT_ARE_ZERO),
+    "smp-tversky": RegionRule(
+        kind="tversky",
+        alpha=0.5,
+        beta=0.5,
+        weighted_mean=True,
+        habits=RegionHabits(absent_are_zero=True, gamma_of_mean=True),
+    ),
+    # MONAI's DiceLoss: each image by itself, absent classes too. With its jaccard=True the smooth
+    # stands beside twice the intersection.
+    "monai-dice": RegionRule(pool="image", classes="all", smooth=1e-5),
+    "monai-jaccard": RegionRule(kind="jaccard", pool="image", classes="all", smooth=5e-6),
+    # nnU-Net's MemoryEfficientSoftDiceLoss with batch_dice, summed over ranks. For do_bg=False give
+    # class_weight=[0, 1, ...]. Its value is this one minus 1.
+    "nnunet": RegionRule(pool="world", classes="all", smooth=1e-5, weighted_mean=True),
+    # JDTLoss of JDTLosses with its defaults: the Jaccard metric loss over the classes present.
+    "jdt": RegionRule(kind="jaccard", smooth=1e-3),
+    # mmseg's DiceLoss: all classes of an image in one ratio of squares. Its default is sigmoid.
+    "mmseg-dice": RegionRule(
+        pool="image",
+        classes="all",
+        smooth=2e-3,
+        squared=True,
+        habits=RegionHabits(joint=True, smooth_below=True),
+    ),
+    # mmseg's TverskyLoss.
+    "mmseg-tversky": RegionRule(kind="tversky", pool="image", classes="all", smooth=1.0),
+}
+
+_Rule = TypeVar("_Rule")
+
 
 def preset_rule(name: str) -> OhemRule:
     """Rule of a preset.
@@ -77,8 +115,27 @@ def preset_rule(name: str) -> OhemRule:
     Raises:
         ValueError: There is no such preset; the message lists them.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+    return _look_up(PRESETS, name)
+
+
+def region_preset_rule(name: str) -> RegionRule:
+    """Rule of a preset of the region term.
+
+    Args:
+        name: A key of ``REGION_PRESETS``.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: There is no such preset; the message lists them.
+    """
+    return _look_up(REGION_PRESETS, name)
+
+
+def _look_up(presets: dict[str, _Rule], name: str) -> _Rule:
+    if name not in presets:
+        near = difflib.get_close_matches(str(name), presets, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but got {name!r}.{hint}")
-    return PRESETS[name]
+        raise ValueError(f"preset must be one of {', '.join(presets)}, but got {name!r}.{hint}")
+    return presets[name]

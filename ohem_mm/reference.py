@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -311,4 +313,265 @@ ORIGINALS: dict[str, Callable[..., Tensor]] = {
     "detectron2": hardest_share,
     "nnunet": hardest_share,
     "textbook": bisenet,
+}
+
+
+# Overlap losses.
+
+
+def overlap_score(
+    p: Tensor,
+    t: Tensor,
+    w: Tensor,
+    *,
+    kind: str = "dice",
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    smooth: float = 0.0,
+    squared: bool = False,
+    soft: bool = False,
+) -> Tensor:
+    """Overlap of one class over one pool.
+
+    Args:
+        p: Probability of the class at each pixel, float64, shape (P,).
+        t: Its target, likewise.
+        w: Weight of each pixel, likewise.
+        kind: 'dice', 'jaccard' or 'tversky'.
+        alpha: Cost of false positives.
+        beta: Cost of false negatives.
+        smooth: Added to numerator and denominator.
+        squared: Squares in the denominator.
+        soft: The target is not 0 or 1.
+
+    Returns:
+        A scalar; 1 where the denominator is 0.
+    """
+    both = torch.minimum(p, t) if soft and not squared else p * t
+    intersection = (w * both).sum()
+    predicted = (w * (p * p if squared else p)).sum()
+    labelled = (w * (t * t if squared else t)).sum()
+    if kind == "dice":
+        above, below = 2 * intersection, predicted + labelled
+    elif kind == "jaccard":
+        above, below = intersection, predicted + labelled - intersection
+    else:
+        above = intersection
+        below = intersection + alpha * (predicted - intersection) + beta * (labelled - intersection)
+    if below + smooth == 0:
+        return 1 + 0 * above
+    return (above + smooth) / (below + smooth)
+
+
+def region_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    pool: str = "batch",
+    classes: str = "present",
+    weighted_mean: bool = False,
+    ignore_index: int = 255,
+    use_sigmoid: bool = False,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    align_corners: bool = False,
+    **score: Any,
+) -> Tensor:
+    """``ohem_mm.region_loss`` on the CPU in float64, with the same arguments and result."""
+    logits = logits.double()
+    if target.dim() == logits.dim():
+        target = target.squeeze(1)
+    size = target.shape[1:]
+    if logits.shape[2:] != size:
+        mode = ["", "linear", "bilinear", "trilinear"][len(size)]
+        logits = F.interpolate(logits, size=size, mode=mode, align_corners=align_corners)
+    channels = logits.shape[1]
+    one = use_sigmoid and channels == 1
+    flat = logits.movedim(1, -1).reshape(-1, channels)
+    labels = target.reshape(-1).tolist()
+    pixel_weight = torch.ones(len(labels), dtype=torch.float64)
+    if weight is not None:
+        pixel_weight = weight.double().reshape(-1)
+
+    pools: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        if label != ignore_index:
+            image = i // max(1, size.numel())
+            pools.setdefault(image if pool == "image" else 0, []).append(i)
+
+    nothing = 0 * logits.nan_to_num(0, 0, 0).sum()
+    means = []
+    for members in pools.values():
+        z, w = flat[members], pixel_weight[members]
+        if w.sum() == 0:
+            continue
+        p = z.sigmoid() if use_sigmoid else z.softmax(1)
+        total, divisor = nothing, 0.0
+        for channel in range(channels):
+            cls = 1 if one else channel
+            hot = torch.tensor([labels[i] == cls for i in members]).double()
+            if classes == "present" and (w * hot).sum() == 0:
+                continue
+            spread = label_smoothing / (2 if use_sigmoid else channels)
+            t = hot * (1 - label_smoothing) + spread
+            loss = 1 - overlap_score(p[:, channel], t, w, soft=label_smoothing > 0, **score)
+            if gamma != 1:
+                loss = loss**gamma if loss > 0 else 0 * loss
+            share = 1.0 if class_weight is None else float(class_weight[cls])
+            total = total + share * loss
+            divisor += share if weighted_mean else 1.0
+        if divisor > 0:
+            means.append(total / divisor)
+    return torch.stack(means).mean() if means else nothing
+
+
+# The overlap losses of other implementations, each restated from its published behaviour and
+# independently of `ohem_mm.presets`. Arguments: logits float64 (N, C, H, W); target int64
+# (N, H, W) with 255 for ignored pixels; class_weight (C,) or None.
+
+
+def _maps(logits: Tensor, target: Tensor, use_sigmoid: bool) -> tuple[Tensor, Tensor]:
+    """Probabilities and one-hot targets, (N, C, P), both 0 at ignored pixels."""
+    images, channels = logits.shape[:2]
+    p = (logits.sigmoid() if use_sigmoid else logits.softmax(1)).reshape(images, channels, -1)
+    labels = target.reshape(images, 1, -1)
+    classes = torch.tensor([1]) if channels == 1 else torch.arange(channels)
+    keep = labels != 255
+    return p * keep, ((labels == classes[None, :, None]) & keep).double()
+
+
+def smp_overlap(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float = 1.0,
+    smooth: float = 0.0,
+    use_sigmoid: bool = False,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """DiceLoss (alpha = beta = .5), JaccardLoss (1) and TverskyLoss of segmentation_models_pytorch.
+
+    ``gamma`` is TverskyLoss's. An absent class counts as a loss of 0.
+    """
+    p, t = _maps(logits, target, use_sigmoid)
+    hit = (p * t).sum((0, 2))
+    wrong, missed = p.sum((0, 2)) - hit, t.sum((0, 2)) - hit
+    score = (hit + smooth) / (hit + alpha * wrong + beta * missed + smooth).clamp_min(1e-7)
+    loss = (1 - score) * (t.sum((0, 2)) > 0)
+    if class_weight is None:
+        return loss.mean() ** gamma
+    return ((loss * class_weight).sum() / class_weight.sum()) ** gamma
+
+
+def monai_overlap(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    jaccard: bool = False,
+    batch: bool = False,
+    smooth: float = 1e-5,
+    use_sigmoid: bool = False,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """DiceLoss of MONAI: each class of each image, absent ones too."""
+    p, t = _maps(logits, target, use_sigmoid)
+    over = (0, 2) if batch else (2,)
+    hit, both = (p * t).sum(over), p.sum(over) + t.sum(over)
+    below = 2 * (both - hit) if jaccard else both
+    loss = 1 - (2 * hit + smooth) / (below + smooth)
+    if class_weight is not None and loss.shape[-1] > 1:
+        loss = loss * class_weight
+    return loss.mean()
+
+
+def nnunet_dice(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    do_bg: bool = True,
+    smooth: float = 1e-5,
+    use_sigmoid: bool = False,
+) -> Tensor:
+    """1 + MemoryEfficientSoftDiceLoss of nnU-Net with batch_dice, ignored pixels in its mask."""
+    p, t = _maps(logits, target, use_sigmoid)
+    hit, both = (p * t).sum((0, 2)), p.sum((0, 2)) + t.sum((0, 2))
+    score = (2 * hit + smooth) / (both + smooth).clamp_min(1e-8)
+    return 1 - (score if do_bg else score[1:]).mean()
+
+
+def jdt(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    smooth: float = 1e-3,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """JDTLoss of JDTLosses (mIoUD): the L1 form of arXiv 2302.05666 and 2303.16296.
+
+    With soft labels all classes count, as by its default.
+    """
+    p, t = _maps(logits, target, False)
+    if label_smoothing:
+        t = (t * (1 - label_smoothing) + label_smoothing / t.shape[1]) * (
+            target.reshape(len(t), 1, -1) != 255
+        )
+    sizes = p.abs().sum((0, 2)), t.abs().sum((0, 2))
+    hit = (sizes[0] + sizes[1] - (p - t).abs().sum((0, 2))) / 2
+    score = (hit + smooth) / (hit + alpha * (sizes[0] - hit) + beta * (sizes[1] - hit) + smooth)
+    loss = (1 - score) ** gamma
+    if class_weight is not None:
+        loss = loss * class_weight
+    active = t.amax((0, 2)) > (-1 if label_smoothing else 0.01)
+    return loss[active].mean() if active.any() else 0 * hit.sum()
+
+
+def mmseg_dice(
+    logits: Tensor, target: Tensor, *, use_sigmoid: bool = True, naive: bool = False
+) -> Tensor:
+    """mmseg's DiceLoss. Defect: what is predicted at ignored pixels is a false positive."""
+    p = logits.sigmoid() if use_sigmoid else logits.softmax(1)
+    t = _maps(logits, target, use_sigmoid)[1].reshape(logits.shape)
+    hit = (p * t).flatten(1).sum(1)
+    if naive:
+        score = (2 * hit + 1e-3) / (p.flatten(1).sum(1) + t.flatten(1).sum(1) + 1e-3)
+    else:
+        score = 2 * hit / ((p * p + t * t).flatten(1).sum(1) + 2e-3)
+    return (1 - score).mean()
+
+
+def mmseg_tversky(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    smooth: float = 1.0,
+    class_weight: Tensor | None = None,
+) -> Tensor:
+    """mmseg's TverskyLoss: each class of each image, absent ones too."""
+    p, t = _maps(logits, target, False)
+    hit = (p * t).sum(2)
+    wrong, missed = p.sum(2) - hit, t.sum(2) - hit
+    loss = 1 - (hit + smooth) / (hit + alpha * wrong + beta * missed + smooth)
+    return (loss if class_weight is None else loss * class_weight).mean()
+
+
+REGION_ORIGINALS: dict[str, Callable[..., Tensor]] = {
+    "smp-dice": partial(smp_overlap, alpha=0.5, beta=0.5),
+    "smp-jaccard": partial(smp_overlap, alpha=1.0, beta=1.0),
+    "smp-tversky": partial(smp_overlap, alpha=0.5, beta=0.5),
+    "monai-dice": monai_overlap,
+    "monai-jaccard": partial(monai_overlap, jaccard=True),
+    "nnunet": nnunet_dice,
+    "jdt": jdt,
+    "mmseg-dice": mmseg_dice,
+    "mmseg-tversky": mmseg_tversky,
 }

@@ -1,7 +1,8 @@
-"""The rule: what decides which pixels are kept, and over what their loss is averaged."""
+"""The rules: which pixels are kept and what divides their loss; which overlap is asked of whom."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args
 Pool = Literal["batch", "image", "class", "world"]
 Unit = Literal["batch", "image"]
 Average = Literal["kept", "valid", "all"]
+Kind = Literal["dice", "jaccard", "tversky"]
+RegionPool = Literal["batch", "image", "world"]
+Classes = Literal["present", "all"]
 
 
 class Habits(NamedTuple):
@@ -102,6 +106,93 @@ class OhemRule:
                 raise ValueError(f"always_keep must hold class indices >= 0, but got {cls!r}.")
         object.__setattr__(self, "always_keep", tuple(int(cls) for cls in self.always_keep))
         object.__setattr__(self, "habits", Habits(*self.habits))
+
+
+class RegionHabits(NamedTuple):
+    """Ways of other implementations that a preset keeps; see ``ohem_mm.presets``.
+
+    Attributes:
+        joint: One ratio of the sums over all classes, instead of the mean of the classes' ratios.
+        absent_are_zero: Classes that do not count have loss 0 in the mean instead of being left
+            out of it.
+        gamma_of_mean: ``gamma`` is the exponent of the mean, not of each class.
+        smooth_below: ``smooth`` is added to the denominator alone.
+    """
+
+    joint: bool = False
+    absent_are_zero: bool = False
+    gamma_of_mean: bool = False
+    smooth_below: bool = False
+
+
+_PLAIN = RegionHabits()
+
+
+@dataclass(frozen=True)
+class RegionRule:
+    """What an overlap loss asks of a class, and of which classes; checked when it is made.
+
+    With p the probability of a class and t its target, sums over the valid pixels of a pool give
+    I = sum p t, P = sum p and T = sum t. The loss of the class in the pool is
+    ``(1 - score) ** gamma``. The result is the mean over the classes that count, then over the
+    pools in which any does.
+
+    Attributes:
+        kind: The score: 'dice' (2 I + s) / (P + T + s), 'jaccard' (I + s) / (P + T - I + s), or
+            'tversky' (I + s) / (I + alpha (P - I) + beta (T - I) + s).
+        alpha: Cost of what is predicted and not labelled, for 'tversky'.
+        beta: Cost of what is labelled and not predicted, for 'tversky'. The defaults are those of
+            Salehi et al., "Tversky loss function for image segmentation", MLMI 2017.
+        gamma: Exponent; above 1, classes that overlap little get more of the gradient.
+        pool: Over what the sums go: 'batch', each 'image', or 'world', all ranks of a distributed
+            run together. With 'world' the result, and the gradient averaged over ranks as
+            DistributedDataParallel does, is that of one big batch.
+        classes: Which classes count: those 'present' in the labels of the pool, or 'all'. A class
+            that is not there costs P / (P + s), so 'all' asks for a ``smooth`` above 0; without one
+            it costs 1 whatever is predicted, and 0 where P is 0.
+        smooth: s above.
+        squared: P and T sum squares (Milletari et al., "V-Net", 3DV 2016); not for 'tversky'.
+        weighted_mean: Divide by the sum of the weights of the classes that count, instead of by
+            their number. A class of weight 0 is then left out.
+        habits: Ways of other implementations, set by the presets.
+
+    Raises:
+        ValueError: On a setting out of range; the message names it and what is allowed.
+    """
+
+    kind: Kind = "dice"
+    alpha: float = 0.3
+    beta: float = 0.7
+    gamma: float = 1.0
+    pool: RegionPool = "batch"
+    classes: Classes = "present"
+    smooth: float = 0.0
+    squared: bool = False
+    weighted_mean: bool = False
+    habits: RegionHabits = _PLAIN
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("kind", Kind), ("pool", RegionPool), ("classes", Classes)):
+            check_choice(name, getattr(self, name), get_args(allowed))
+        for name in ("alpha", "beta", "smooth", "gamma"):
+            value, positive = getattr(self, name), name == "gamma"
+            if not is_number(value) or not 0 <= value < math.inf or (positive and not value):
+                raise ValueError(
+                    f"{name} must be a finite number {'> 0' if positive else '>= 0'}, but got "
+                    f"{value!r}."
+                )
+            object.__setattr__(self, name, float(value))
+        costs = (self.alpha, self.beta)
+        if self.kind != "tversky" and costs != (RegionRule.alpha, RegionRule.beta):
+            raise ValueError(
+                f"alpha={self.alpha!r} and beta={self.beta!r} need kind='tversky', but got "
+                f"kind={self.kind!r}."
+            )
+        if self.kind == "tversky" and self.squared:
+            raise ValueError("squared=True goes with kind='dice' or 'jaccard', not with 'tversky'.")
+        if self.kind == "tversky" and costs == (0, 0):
+            raise ValueError("alpha and beta must not both be 0: then nothing costs anything.")
+        object.__setattr__(self, "habits", RegionHabits(*self.habits))
 
 
 SETTINGS = tuple(field.name for field in fields(OhemRule))

@@ -25,7 +25,7 @@ from mmseg import registry
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from ohem_mm import OhemCrossEntropyLoss, cli
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss, RegionRule, cli
 from ohem_mm.bench.files import load_benchmark
 from ohem_mm.bench.records import read_records
 
@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(p for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
 NAME = re.compile(
     r"(?P<stem>[a-z0-9-]+(?:_[a-z0-9-]+)*)_(?P<gpus>\d+)xb(?P<batch>\d+)"
-    r"(?:-(?P<variant>ohem|sampler|mmohem))?-(?P<iters>\d+)k"
+    r"(?:-(?P<variant>ohem-region|ohem|region|sampler|mmohem))?-(?P<iters>\d+)k"
     r"_(?P<dataset>[a-z0-9]+(?:-[a-z0-9]+)*)-(?P<height>\d+)x(?P<width>\d+)"
 )
 
@@ -137,6 +137,16 @@ POSITIONAL = {
     "pidnet/pidnet-s": ("PIDHead", PIDNET),
     "ddrnet/ddrnet_23-slim_in1k-pre": ("DDRHead", DDRNET),
 }
+# What has a twin with the region term, and with mining beside it.
+REGION = {
+    ("camvid/efficientnet-lite0_segformer-head", "camvid"): {"region", "ohem-region"},
+    ("camvid/efficientnet-lite0-frozen_segformer-head", "camvid"): {"region", "ohem-region"},
+    ("chase_db1/unet-s5-d16_fcn", "chase-db1"): {"region"},
+    ("chase_db1/unet-thin_fcn", "chase-db1"): {"region"},
+    ("quickstart/unet-tiny", "scenes"): {"region"},
+    ("pspnet/pspnet_r50-d8", "cityscapes"): {"region"},
+    ("segformer/segformer_mit-b0", "cityscapes"): {"region"},
+}
 NEVER = {"stdc/stdc1_in1k-pre": STDC_BOUNDARY}
 CLASSES = {
     "cityscapes": 19,
@@ -185,6 +195,8 @@ def expected_heads(path: Path) -> dict[str, Head]:
         heads[place] = {
             "": Head(kind, (Loss("CrossEntropyLoss", weight),)),
             "ohem": Head(kind, (ours(weight),)),
+            "region": Head(kind, (off(weight), Loss("RegionLoss", weight))),
+            "ohem-region": Head(kind, (ours(weight), Loss("RegionLoss", weight))),
             "sampler": Head(
                 kind, (Loss("CrossEntropyLoss", weight),), ("OHEMPixelSampler", 0.7, floor)
             ),
@@ -269,7 +281,12 @@ def test_there_are_configs() -> None:
     # Each family has a plain twin and two others, so a glob that finds too little shows here.
     families = {(family(path), parts(path)["dataset"]) for path in FILES}
     assert {key for key, _ in families} == {*MINING, *POSITIONAL}
-    assert len(FILES) == 3 * len(families)
+    assert len(FILES) == 3 * len(families) + sum(map(len, REGION.values()))
+    region: dict[tuple[str, str], set[str]] = {}
+    for path in FILES:
+        if "region" in (variant := parts(path)["variant"]):
+            region.setdefault((family(path), parts(path)["dataset"]), set()).add(variant)
+    assert region == REGION
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
@@ -291,6 +308,10 @@ def test_each_head_has_its_loss_and_sampler(path: Path) -> None:
                 assert (loss.pool, loss.min_kept_per, loss.avg) == ("batch", "batch", "kept")
             elif type(loss).__name__ == "OhemCrossEntropy":
                 assert loss.ignore_label == 255
+            elif type(loss).__name__ == "RegionLoss":
+                assert isinstance(loss, RegionLoss)
+                assert loss.ignore_index is None
+                assert loss.rule == RegionRule(kind="dice")
         if family(path) in POSITIONAL:
             weights = [loss.class_weight for loss in losses if hasattr(loss, "class_weight")]
             assert weights
@@ -343,7 +364,7 @@ def test_the_name_says_what_is_inside(path: Path) -> None:
     crops = [step.crop_size for step in pipeline if step.type == "RandomCrop"]
     assert crops in ([], [crop])
     assert cfg.default_scope == "mmseg"
-    if name["variant"] == "ohem":
+    if name["variant"] in ("ohem", "region", "ohem-region"):
         assert "ohem_mm" in cfg.custom_imports["imports"]
         assert cfg.custom_imports["allow_failed_imports"] is False
         assert cfg.custom_hooks == [{"type": "FusedOhemHook"}]
@@ -467,6 +488,7 @@ def samples(height: int, width: int, classes: int) -> list[SegDataSample]:
     return found
 
 
+NAMES = {"ohem": ["loss_ohem"], "region": ["loss_ce", "loss_region"]}
 CHEAP = ("bisenetv2", "stdc", "pidnet", "ddrnet", "fastscnn", "segformer", "chase_db1")
 
 
@@ -489,8 +511,11 @@ def test_small_models_train_one_step(path: Path) -> None:
     losses = model.loss(batch["inputs"], batch["data_samples"])
     total, log = model.parse_losses(losses)
     assert all(torch.isfinite(value).all() for value in log.values()), log
-    if parts(path)["variant"] == "ohem" and family(path) in MINING:
-        assert sum(key.endswith("loss_ohem") for key in losses) == len(MINING[family(path)])
+    for variant, names in NAMES.items():
+        if parts(path)["variant"] == variant and family(path) in MINING:
+            for name in names:
+                found = sum(key.endswith(name) for key in losses)
+                assert found == len(MINING[family(path)]), name
     total.backward()
     for name, parameter in model.named_parameters():
         if re.search(r"cls_seg|conv_seg", name) and name.endswith("weight"):

@@ -19,6 +19,7 @@ from ohem_mm.hooks import FusedOhemHook
 from ohem_mm.hooks.fused import fuse_heads
 
 OHEM = {"type": "OhemCrossEntropyLoss", "thresh": 0.6, "min_kept": 0.2}
+REGION = {"type": "RegionLoss"}
 CE = {"type": "CrossEntropyLoss"}
 BASE = {"num_classes": 4, "channels": 8, "dropout_ratio": 0, "norm_cfg": {"type": "BN"}}
 FCN = {"type": "FCNHead", "in_channels": 8, "num_convs": 1, **BASE}
@@ -63,6 +64,19 @@ FUSED = {
         [small()],
         (),
     ),
+    "OHEM and region": ({**FCN, "loss_decode": [OHEM, REGION]}, [small()], ()),
+    "plain cross-entropy and region": (
+        {
+            **FCN,
+            "loss_decode": [
+                {**OHEM, "thresh": None, "min_kept": 1.0, "loss_weight": 0.25},
+                {**REGION, "kind": "jaccard", "pool": "image", "loss_weight": 0.75},
+            ],
+        },
+        [small()],
+        (),
+    ),
+    "region alone": ({**FCN, "loss_decode": REGION, "align_corners": True}, [small()], ()),
     "one name twice": ({**FCN, "loss_decode": [OHEM, {**OHEM, "loss_weight": 0.3}]}, [small()], ()),
     "logits of the size of the labels": ({**FCN, "loss_decode": OHEM}, [small(8, (30, 33))], ()),
     "logits larger than the labels": ({**FCN, "loss_decode": OHEM}, [small(8, (40, 44))], ()),
@@ -130,6 +144,11 @@ def test_same_losses_accuracy_and_gradients(name, monkeypatch):
 LEFT_ALONE = {
     "CrossEntropyLoss needs": {**FCN, "loss_decode": CE},
     "DiceLoss needs": {**FCN, "loss_decode": [OHEM, {"type": "DiceLoss"}]},
+    "logits; OhemCrossEntropyLoss with thresh=None, min_kept=1.0 does not": {
+        **FCN,
+        "loss_decode": [CE, REGION],
+    },
+    "RegionLoss needs": {**FCN, "loss_decode": [OHEM, {**REGION, "ignore_index": 3}]},
     "OHEMPixelSampler needs": {
         **FCN,
         "loss_decode": OHEM,

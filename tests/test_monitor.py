@@ -14,10 +14,11 @@ from mmengine.runner import LogProcessor
 from test_schedule import history, logs, train
 from torch import nn
 
-from ohem_mm import OhemCrossEntropyLoss
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss
 from ohem_mm.cli import allow_mmengine_checkpoints
 from ohem_mm.hooks import OhemMonitorHook
 from ohem_mm.hooks.monitor import SCALARS, class_shares, combine, describe, read, summarize
+from ohem_mm.joint import joint_losses
 from ohem_mm.reference import kept_weights, pixel_losses
 
 MONITOR = {"type": "OhemMonitorHook"}
@@ -323,6 +324,67 @@ def test_says_where_it_cannot_listen():
     assert "cannot be listened to" in runner.warnings()[-1]
 
 
+# --- overlap -------------------------------------------------------------------------------------
+
+
+def test_overlap_of_each_class_of_the_batch():
+    runner = Stub(
+        OhemMonitorHook(interval=2),
+        decode_head=RegionLoss("jaccard", loss_weight=0.3),
+        aux=RegionLoss(pool="image"),
+    )
+    logits, target = two_classes(0.8)
+    for _ in range(2):
+        runner.step(logits, target)
+    # Class 0: I = 16 * .8, P = 32 * .8, T = 16; class 1: I = 16 * .2, P = 32 * .2, T = 16.
+    jaccard = [12.8 / (25.6 + 16 - 12.8), 3.2 / (6.4 + 16 - 3.2)]
+    dice = [2 * 12.8 / (25.6 + 16), 2 * 3.2 / (6.4 + 16)]
+    assert runner.message_hub.log_scalars.keys() == {
+        "train/region/decode_head/overlap",
+        "train/region/aux/overlap",
+    }
+    for name, scores in (("decode_head", jaccard), ("aux", dice)):
+        mean = runner.message_hub.get_scalar(f"train/region/{name}/overlap")
+        assert mean.current() == pytest.approx(sum(scores) / 2)
+        latest = runner.message_hub.get_info(f"train/region/{name}")
+        assert latest["overlap_road"] == pytest.approx(scores[0])
+        assert latest["overlap_traffic_light"] == pytest.approx(scores[1])
+    ((step, written),) = runner.written
+    assert step == 2
+    assert written["region/aux/overlap_traffic_light"] == pytest.approx(dice[1])
+
+
+def test_overlap_of_absent_classes_one_channel_and_no_valid_pixel():
+    runner = Stub(OhemMonitorHook(interval=1), decode_head=RegionLoss())
+    logits, target = two_classes(0.8)
+    runner.step(logits, torch.zeros_like(target))
+    latest = runner.message_hub.get_info("train/region/decode_head")
+    assert set(latest) == {"overlap", "overlap_road"}
+    runner.step(logits, torch.full_like(target, 255))
+    assert len(runner.written) == 1
+    one = Stub(OhemMonitorHook(interval=1), decode_head=RegionLoss(use_sigmoid=True))
+    one.step(logits[:, 1:], target)
+    p = 0.5  # logits of class 1 are 0
+    assert one.message_hub.get_info("train/region/decode_head") == pytest.approx(
+        dict.fromkeys(("overlap", "overlap_traffic_light"), 2 * 16 * p / (32 * p + 16))
+    )
+
+
+def test_overlap_and_mining_of_one_head():
+    runner = Stub(OhemMonitorHook(interval=1), decode_head=OhemCrossEntropyLoss(0.6, 0))
+    runner.model["decode_head"].loss_decode = nn.ModuleList(
+        [OhemCrossEntropyLoss(0.6, 0), RegionLoss()]
+    )
+    runner.hook.before_train(runner)
+    logits, target = two_classes(0.8)
+    runner.hook.before_train_iter(runner, 0)
+    joint_losses(list(runner.model["decode_head"].loss_decode), logits, target)
+    runner.hook.after_train_iter(runner, 0)
+    assert runner.message_hub.get_info("train/ohem/decode_head")["kept_share"] == 0.5
+    dice = runner.message_hub.get_info("train/region/decode_head")["overlap_road"]
+    assert dice == pytest.approx(2 * 12.8 / (25.6 + 16))
+
+
 # --- the start of the log ------------------------------------------------------------------------
 
 
@@ -350,6 +412,11 @@ def test_says_what_each_head_does():
             "off": head(ours(0.6, 1.0)),
             "plain": head(nn.CrossEntropyLoss(), sampler=OHEMPixelSampler()),
             "two": head(OhemCrossEntropy(), ours(0.6, 0, pool="class")),
+            "overlap": head(
+                ours(None, 1.0),
+                RegionLoss("tversky", gamma=2, pool="world", class_weight=[1, 2], loss_weight=0.5),
+            ),
+            "dice": head(RegionLoss(pool="image", classes="all", smooth=1)),
             "criterion": ours(0.6, 0.5, pool="class"),
         }
     )
@@ -377,8 +444,15 @@ def test_says_what_each_head_does():
         "loss 0 mines with mmseg's OhemCrossEntropy, which is not monitored; loss 1 mines: keeps "
         "pixels whose true class has a probability below 0.6, averages"
     )
+    assert lines["overlap (Module)"].endswith(
+        "; loss 1 asks for overlap: tversky over the batches of all ranks (alpha 0.3, beta 0.7), "
+        "classes present, gamma 2, loss_weight 0.5, class weights [1.0, 2.0]"
+    )
+    assert lines["dice (Module)"] == (
+        "asks for overlap: dice over each image, all classes, smooth 1, no class weights"
+    )
     assert "50 % of the valid pixels of each class" in lines["criterion"]
-    assert len(lines) == 7
+    assert len(lines) == 9
     assert describe(nn.Identity()) == ["the model has no loss that mines"]
 
 

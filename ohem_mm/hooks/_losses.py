@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from mmengine.model import is_model_wrapper
 from torch import nn
 
 from ..loss import OhemCrossEntropyLoss
+from ..region import RegionLoss
+
+_Loss = TypeVar("_Loss", bound=nn.Module)
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -30,9 +33,18 @@ def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
         places in its list are appended (``decode_head.1``). Outside decode heads it is the name of
         the loss module.
     """
-    found: dict[str, dict[str, OhemCrossEntropyLoss]] = {}
+    return _by_name(model, OhemCrossEntropyLoss)
+
+
+def region_losses(model: nn.Module) -> dict[str, RegionLoss]:
+    """Every :class:`RegionLoss` of a model, named as :func:`ohem_losses` names its own."""
+    return _by_name(model, RegionLoss)
+
+
+def _by_name(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
+    found: dict[str, dict[str, _Loss]] = {}
     for name, module in unwrap(model).named_modules():
-        if isinstance(module, OhemCrossEntropyLoss):
+        if isinstance(module, kind):
             head, _, place = name.partition("loss_decode")
             if not _ or place.count(".") > 1:
                 head, place = name, ""

@@ -11,7 +11,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
+from ..joint import joint_losses
 from ..loss import OhemCrossEntropyLoss
+from ..region import RegionLoss
 from ._losses import unwrap
 
 __all__ = ["FusedOhemHook"]
@@ -24,9 +26,11 @@ class FusedOhemHook(Hook):  # type: ignore[misc]
     """Train decode heads without their upsampled logits.
 
     A decode head of mmseg upsamples its logits to the size of the labels, computes the loss from
-    them and then the accuracy ``acc_seg``. Where :class:`ohem_mm.OhemCrossEntropyLoss` is the only
-    loss that looks at those logits, this hook gives it the small ones instead. Losses and
-    ``acc_seg`` are the same up to rounding; memory and time for the large tensor are saved.
+    them and then the accuracy ``acc_seg``. Where :class:`ohem_mm.OhemCrossEntropyLoss` and
+    :class:`ohem_mm.RegionLoss` are the only losses that look at those logits, this hook gives them
+    the small ones instead, and the two share what they can. Losses and ``acc_seg`` are the same up
+    to rounding; memory and time for the large tensor are saved. A plain cross-entropy that does not
+    need the large tensor is ``OhemCrossEntropyLoss`` with ``thresh=None, min_kept=1.0``.
 
     It replaces ``loss_by_feat`` of single heads for the time of the training, so checkpoints and
     classes are as they were. The log says at the start, head by head, what was done and why.
@@ -89,7 +93,10 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
         return _pid_loss, "" if _fits(losses[0], head) else ", but for its loss 0"
     strangers = [type(loss).__name__ for loss in losses if not _fits(loss, head)]
     if strangers:
-        return None, f"{', '.join(strangers)} needs the upsampled logits"
+        reason = f"{', '.join(strangers)} needs the upsampled logits"
+        if "CrossEntropyLoss" in strangers and any(_fits(loss, head) for loss in losses):
+            reason += "; OhemCrossEntropyLoss with thresh=None, min_kept=1.0 does not"
+        return None, reason
     if method is DDRHead.loss_by_feat:
         return _ddr_loss, ""
     if method is not BaseDecodeHead.loss_by_feat:
@@ -106,7 +113,7 @@ def _losses(head: Any) -> list[nn.Module]:
 
 def _fits(loss: nn.Module, head: Any) -> bool:
     """Whether a loss upsamples by itself and counts the pixels that ``acc_seg`` counts."""
-    return isinstance(loss, OhemCrossEntropyLoss) and loss.ignore_index in (
+    return isinstance(loss, OhemCrossEntropyLoss | RegionLoss) and loss.ignore_index in (
         None,
         head.ignore_index,
     )
@@ -137,14 +144,16 @@ def _plain_loss(head: Any, seg_logits: Tensor, batch_data_samples: Any) -> Losse
         return whole
     out: Losses = {}
     stats: dict[str, Tensor] = {}
-    for loss in _losses(head):
-        value = loss(
-            seg_logits,
-            label,
-            ignore_index=head.ignore_index,
-            align_corners=head.align_corners,
-            stats=stats,
-        )
+    losses: Any = _losses(head)
+    values = joint_losses(
+        losses,
+        seg_logits,
+        label,
+        ignore_index=head.ignore_index,
+        align_corners=head.align_corners,
+        stats=stats,
+    )
+    for loss, value in zip(losses, values, strict=True):
         name = str(loss.loss_name)
         out[name] = out[name] + value if name in out else value
     out["acc_seg"] = _accuracy(stats)

@@ -17,7 +17,8 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from ..loss import OhemCrossEntropyLoss
-from ._losses import ohem_losses, unwrap
+from ..region import RegionLoss
+from ._losses import ohem_losses, region_losses, unwrap
 
 __all__ = ["OhemMonitorHook"]
 
@@ -62,6 +63,11 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
     the message hub under ``get_info('train/ohem/<head>')``, a dict that the log leaves out. A head
     with several losses has one entry for each, ``<head>.<place in its list>``.
 
+    Of each :class:`ohem_mm.RegionLoss` the ``overlap`` of the batch is written, the mean score over
+    the classes present, and ``overlap_<class>``, as ``train/region/<head>/<what>``. The mean is in
+    the text log, the classes are where those of the mining are. With pool 'world' it is the overlap
+    of all ranks.
+
     A step whose pixels are all ignored is left out. In distributed training the values are those of
     rank 0's batch, and the other ranks do nothing. Where gradients are accumulated, they are those
     of the last small batch. Models that mmengine compiles (``compile`` in the config) cannot be
@@ -89,6 +95,8 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
         self.interval = interval
         self.patience = patience
         self._losses: dict[str, OhemCrossEntropyLoss] = {}
+        self._regions: dict[str, RegionLoss] = {}
+        self._overlaps: dict[str, list[Tensor]] = {}
         self._in_log: Sequence[str] = SCALARS
         self._classes: Sequence[str] = ()
         self._handles: list[Any] = []
@@ -104,7 +112,9 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                 "OhemMonitorHook: nothing is recorded: a model under torch.compile cannot be "
                 "listened to. Leave `compile` out of the config for a run that is monitored."
             )
-        self._losses = {} if compiled or not is_main_process() else ohem_losses(runner.model)
+        listens = not compiled and is_main_process()
+        self._losses = ohem_losses(runner.model) if listens else {}
+        self._regions = region_losses(runner.model) if listens else {}
         self._in_log = SCALARS if len(self._losses) == 1 else BRIEF
         self._streaks = {name: defaultdict(int) for name in self._losses}
         self._warned = set()
@@ -115,12 +125,12 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
         # mmengine smooths everything with "loss" in its name over ten values, which here would be
         # ten logging steps. Ask for the latest one, as it shows the rest.
         known = {entry["data_src"] for entry in runner.log_processor.custom_cfg}
-        for name in self._losses:
-            for what in self._in_log:
-                source = f"ohem/{name}/{what}"
-                if source not in known and re.search(runner.log_processor.mean_pattern, source):
-                    entry = {"data_src": source, "method_name": "current"}
-                    runner.log_processor.custom_cfg.append(entry)
+        sources = [f"ohem/{name}/{what}" for name in self._losses for what in self._in_log]
+        sources += [f"region/{name}/overlap" for name in self._regions]
+        for source in sources:
+            if source not in known and re.search(runner.log_processor.mean_pattern, source):
+                entry = {"data_src": source, "method_name": "current"}
+                runner.log_processor.custom_cfg.append(entry)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any | None = None) -> None:
         """At logging steps, listen to the losses."""
@@ -134,6 +144,13 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                 loss.register_forward_pre_hook(_ask_for_maps, with_kwargs=True),
                 loss.register_forward_hook(record, with_kwargs=True),
             ]
+        self._overlaps = {name: [] for name in self._regions}
+        for name, region in self._regions.items():
+            record = functools.partial(_record_overlap, self._overlaps[name])
+            self._handles += [
+                region.register_forward_pre_hook(_ask_for_stats, with_kwargs=True),
+                region.register_forward_hook(record, with_kwargs=True),
+            ]
 
     def after_train_iter(
         self,
@@ -146,7 +163,8 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
         if not self._handles:
             return
         self._stop_listening()
-        readings = [reading for several in self._readings.values() for reading in several]
+        found = [*self._readings.values(), *self._overlaps.values()]
+        readings = [reading for several in found for reading in several]
         # The one place where the host waits for the device: all numbers in one transfer.
         numbers = iter(torch.cat(readings).tolist() if readings else [])
         backends = {}
@@ -167,7 +185,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                 continue
             shares = class_shares(total)
             values |= {
-                f"kept_share_{self._class_name(place, total)}": share
+                f"kept_share_{self._class_name(place, num_classes(total))}": share
                 for place, share in shares.items()
             }
             for what, value in values.items():
@@ -177,6 +195,16 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                     backends[f"{prefix}ohem/{name}/{what}"] = value
             runner.message_hub.update_info(f"train/ohem/{name}", values, resumed=False)
             self._judge(runner, name, values, total)
+        for name, several in self._overlaps.items():
+            calls = [[next(numbers) for _ in range(len(reading))] for reading in several]
+            values = self._overlap_values(calls, self._regions[name].use_sigmoid)
+            for what, value in values.items():
+                if what == "overlap":
+                    runner.message_hub.update_scalar(f"train/region/{name}/{what}", value)
+                else:
+                    backends[f"{prefix}region/{name}/{what}"] = value
+            if values:
+                runner.message_hub.update_info(f"train/region/{name}", values, resumed=False)
         if backends:
             # W&B ignores the step; with "iter" its curves can be drawn over the iterations.
             runner.visualizer.add_scalars({**backends, "iter": runner.iter + 1}, runner.iter + 1)
@@ -201,9 +229,27 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
             and (not ignore_last or len(runner.train_dataloader) <= interval)
         )
 
-    def _class_name(self, place: int, total: Sequence[float]) -> str:
+    def _overlap_values(
+        self, calls: Sequence[Sequence[float]], use_sigmoid: bool
+    ) -> dict[str, float]:
+        """The values to log of a region loss, from its scores; empty where no class is present."""
+        scores = {}
+        for place, column in enumerate(zip(*calls, strict=True)):
+            present = [score for score in column if not math.isnan(score)]
+            if present:
+                scores[place] = sum(present) / len(present)
+        if not scores:
+            return {}
+        one = use_sigmoid and len(calls[0]) == 1  # its channel is that of class 1
+        classes = 2 if one else len(calls[0])
+        return {"overlap": sum(scores.values()) / len(scores)} | {
+            f"overlap_{self._class_name(place + one, classes)}": score
+            for place, score in scores.items()
+        }
+
+    def _class_name(self, place: int, classes: int) -> str:
         """Name of a class as part of a tag, of letters that every backend accepts."""
-        if len(self._classes) != num_classes(total):
+        if len(self._classes) != classes:
             return str(place)
         return re.sub(r"[^\w.-]+", "_", self._classes[place].strip())
 
@@ -243,7 +289,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
         ]
         if never:
             self._warned |= {(name, f"class {place}") for place in never}
-            titles = ", ".join(self._class_name(place, total) for place in never)
+            titles = ", ".join(self._class_name(place, num_classes(total)) for place in never)
             runner.logger.warning(
                 f"OhemMonitorHook: {name}: no pixel was kept of {titles} {times} that saw "
                 f"{'it' if len(never) == 1 else 'them'}. That is well where the IoU is high; else "
@@ -277,6 +323,16 @@ def _record(
     given = _FORWARD.bind(loss, *args, **kwargs).arguments
     if given["target"].numel():
         readings.append(read(loss, given["pred"], given["target"], given["stats"]))
+
+
+def _ask_for_stats(loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "stats": {} if kwargs.get("stats") is None else kwargs["stats"]}
+
+
+def _record_overlap(
+    readings: list[Tensor], loss: RegionLoss, args: Any, kwargs: Any, output: Tensor
+) -> None:
+    readings.append(kwargs["stats"]["overlap"])
 
 
 @torch.no_grad()
@@ -411,6 +467,8 @@ def _describe_loss(loss: nn.Module, head_ignores: int | None) -> str:
     if not isinstance(loss, OhemCrossEntropyLoss):
         if type(loss).__name__ == "OhemCrossEntropy":
             return "mines with mmseg's OhemCrossEntropy, which is not monitored"
+        if isinstance(loss, RegionLoss):
+            return _describe_region(loss)
         return f"does not mine ({type(loss).__name__})"
     pool = {
         "batch": "the batch",
@@ -443,3 +501,29 @@ def _describe_loss(loss: nn.Module, head_ignores: int | None) -> str:
     weights = loss.class_weight
     words.append("no class weights" if weights is None else f"class weights {weights.tolist()}")
     return ", ".join(words)
+
+
+def _describe_region(loss: RegionLoss) -> str:
+    rule = loss.rule
+    pool = {
+        "batch": "the batch",
+        "image": "each image",
+        "world": "the batches of all ranks",
+    }[rule.pool]
+    words = [f"asks for overlap: {rule.kind} over {pool}"]
+    if rule.kind == "tversky":
+        words[0] += f" (alpha {rule.alpha:g}, beta {rule.beta:g})"
+    words.append("all classes" if rule.classes == "all" else "classes present")
+    words += [f"{name} {value:g}" for name, value in _changed(loss).items()]
+    weights = loss.class_weight
+    words.append("no class weights" if weights is None else f"class weights {weights.tolist()}")
+    return ", ".join(words)
+
+
+def _changed(loss: RegionLoss) -> dict[str, float]:
+    """Numbers of a region loss that differ from what they are by default."""
+    default = RegionLoss()
+    names = ("gamma", "smooth", "label_smoothing", "loss_weight")
+    return {
+        name: getattr(loss, name) for name in names if getattr(loss, name) != getattr(default, name)
+    }

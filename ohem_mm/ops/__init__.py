@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,20 @@ from torch.nn import functional as F
 from . import triton
 from .eager import full_cross_entropy, wide
 from .portable import banded_cross_entropy
+from .portable_region import banded_class_sums, banded_pair
+from .region import Overlap, Sums, full_class_sums
 
-__all__ = ["BACKENDS", "choose_backend", "pixel_cross_entropy", "triton"]
+__all__ = [
+    "BACKENDS",
+    "Overlap",
+    "Shared",
+    "Sums",
+    "choose_backend",
+    "class_sums",
+    "pixel_cross_entropy",
+    "shared_pass",
+    "triton",
+]
 
 BACKENDS = ("portable", "triton", "eager")
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -109,7 +122,6 @@ def pixel_cross_entropy(
         which carries the gradient; both have shape (N, ...) and are 0 where not valid. And
         ``hits``, int64, the number of valid pixels whose class has the highest logit, or None.
     """
-    size = target.shape[1:]
     if choose_backend(logits, use_sigmoid) != "eager":
         return banded_cross_entropy(
             logits,
@@ -120,13 +132,121 @@ def pixel_cross_entropy(
             align_corners=align_corners,
             count_hits=count_hits,
         )
-    if logits.shape[2:] != size:
-        mode = _INTERPOLATION[len(size)]
-        # In float32 even for half-precision logits, as the loss itself.
-        logits = F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)
+    logits = _upsampled(logits, target.shape[1:], align_corners)
     target = torch.where(valid, target, 0).long()
     mined, loss = full_cross_entropy(
         logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
     )
     hits = (valid & (logits.detach().argmax(1) == target)).sum() if count_hits else None
     return mined, loss, hits
+
+
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    overlap: Overlap,
+    *,
+    align_corners: bool = False,
+    count_hits: bool = False,
+) -> tuple[Sums, Tensor | None]:
+    """Sums over the pixels of each image, for overlap losses, in float64 (on MPS in float32).
+
+    Logits smaller than the labels are upsampled. What stands at a pixel that is not valid changes
+    nothing, as in :func:`pixel_cross_entropy`, and a valid pixel whose cross-entropy is not finite
+    makes a sum NaN.
+
+    Args:
+        logits: As :func:`pixel_cross_entropy` takes it.
+        target: As there.
+        valid: As there.
+        weight: Weight of each pixel, shape (N, ...), or None.
+        overlap: Which sums.
+        align_corners: As in ``torch.nn.functional.interpolate``.
+        count_hits: Count the pixels that are classified correctly.
+
+    Returns:
+        The sums, whose groups are the images; and ``hits`` as :func:`pixel_cross_entropy` returns
+        it.
+    """
+    if choose_backend(logits, overlap.use_sigmoid) != "eager":  # triton has no kernel for them yet
+        return banded_class_sums(
+            logits,
+            target,
+            valid,
+            weight,
+            overlap,
+            align_corners=align_corners,
+            count_hits=count_hits,
+        )
+    logits = _upsampled(logits, target.shape[1:], align_corners)
+    target = torch.where(valid, target, 0).long()
+    hits = (valid & (logits.detach().argmax(1) == target)).sum() if count_hits else None
+    return full_class_sums(logits, target, valid, weight, overlap), hits
+
+
+class Shared(NamedTuple):
+    """What one pass over the pixels gave, for several losses of the same logits.
+
+    Attributes:
+        overlap: What ``sums`` are of.
+        label_smoothing: Smoothing of ``loss``.
+        sums: As :func:`class_sums` gives them.
+        mined: As :func:`pixel_cross_entropy` gives it.
+        loss: Likewise.
+        hits: Likewise.
+    """
+
+    overlap: Overlap
+    label_smoothing: float
+    sums: Sums
+    mined: Tensor
+    loss: Tensor
+    hits: Tensor | None
+
+
+def shared_pass(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    overlap: Overlap,
+    *,
+    label_smoothing: float = 0.0,
+    align_corners: bool = False,
+    count_hits: bool = False,
+) -> Shared | None:
+    """The cross-entropy of every pixel and the sums of every class, at the price of little more.
+
+    Args:
+        logits: As :func:`pixel_cross_entropy` takes it.
+        target: As there.
+        valid: As there.
+        overlap: Which sums.
+        label_smoothing: Smoothing of the cross-entropy.
+        align_corners: As in ``torch.nn.functional.interpolate``.
+        count_hits: Count the pixels that are classified correctly.
+
+    Returns:
+        Both; or None where this backend has no common pass.
+    """
+    if choose_backend(logits, overlap.use_sigmoid) != "portable":
+        return None
+    sums, mined, loss, hits = banded_pair(
+        logits,
+        target,
+        valid,
+        overlap,
+        label_smoothing=label_smoothing,
+        align_corners=align_corners,
+        count_hits=count_hits,
+    )
+    return Shared(overlap, label_smoothing, sums, mined, loss, hits)
+
+
+def _upsampled(logits: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
+    """Logits of the size of the labels; in float32 even for half precision, if upsampled."""
+    if logits.shape[2:] == size:
+        return logits
+    mode = _INTERPOLATION[len(size)]
+    return F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)

@@ -74,7 +74,7 @@ class _Banded(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor]:
         smoothing = options.smoothing
-        source = _Source(logits, target.shape[1:], options.align_corners)
+        source = Source(logits, target.shape[1:], options.align_corners)
         loss = torch.empty(target.shape, dtype=source.dtype, device=logits.device)
         mined = torch.empty_like(loss) if smoothing else loss.new_empty(0)
 
@@ -104,7 +104,7 @@ class _Banded(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, valid, loss = ctx.saved_tensors
         use_sigmoid, smoothing, align_corners, _ = ctx.options
-        source = _Source(logits, target.shape[1:], align_corners)
+        source = Source(logits, target.shape[1:], align_corners)
         grad = torch.zeros_like(logits, dtype=loss.dtype, memory_format=torch.contiguous_format)
         on_cpu = logits.device.type == "cpu"
 
@@ -132,7 +132,7 @@ class _Banded(torch.autograd.Function):
         return grad.to(logits.dtype), None, None, None
 
 
-class _Source:
+class Source:
     """The logits of a batch, upsampled a band of rows at a time.
 
     A matrix product would spread a logit that is not finite over its whole row and column, as
