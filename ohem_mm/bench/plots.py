@@ -17,7 +17,8 @@ def plot(results: Results, folder: Path) -> list[Path]:
     """Draw what the records allow, as SVG; the same records give the same bytes.
 
     Returns:
-        The files: differences of the classes to the baseline, validation curves, heat maps.
+        The files: differences of the classes to the baseline, validation curves, heat maps, and
+        the scores over the values of what is tuned.
 
     Raises:
         UserError: matplotlib is missing.
@@ -25,6 +26,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
     files = []
     with drawing(results.benchmark.name):
         drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
+        drawings["tune"] = _draw_tuning
         for name, draw in drawings.items():
             figure = draw(results)
             if figure is not None:
@@ -141,4 +143,43 @@ def _draw_grid(results: Results) -> Any:
                 frame.set_xlabel(axes[1].name)
         line[0].set_ylabel(axes[0].name)
         figure.colorbar(image, ax=list(line), label=f"{name}, %")
+    return figure
+
+
+def _draw_tuning(results: Results) -> Any:
+    """Over the values of what is tuned: a line for each variant, a ring where it is best."""
+    from matplotlib.figure import Figure
+
+    benchmark, tune = results.benchmark, results.benchmark.tune
+    if tune is None or results.at is not None:
+        return None
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    drawn = [
+        choice
+        for name, choice in results.choices.items()
+        if choice.means and not benchmark.variants[name].cell
+    ]
+    for i, choice in enumerate(drawn):
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+        label = _plain(benchmark.variants[choice.variant].label)
+        means = choice.means
+        axis.plot(
+            list(means), list(means.values()), style, color=colour, label=label, marker="o", ms=4
+        )
+        if len(tune.seeds) > 1:
+            for value, seeds in choice.scores.items():
+                axis.scatter([value] * len(seeds), list(seeds.values()), s=6, color=colour)
+        ring = [value for value in means if value == choice.best]
+        axis.plot(ring, [choice.best_score], "o", ms=11, mfc="none", mec=colour, mew=1.5)
+    if not drawn:
+        return None
+    if tune.values[0] > 0 and tune.values[-1] >= 4 * tune.values[0]:
+        axis.set_xscale("log")
+    axis.set_xticks(tune.values, [f"{value:g}" for value in tune.values])
+    axis.minorticks_off()
+    axis.set_xlabel(f"{tune.name}{', times that of the config' * tune.scale}")
+    axis.set_ylabel(f"{benchmark.metric} on {tune.split}, %")
+    axis.grid(alpha=0.3)
+    figure.legend(fontsize=9, loc="outside right upper")
     return figure

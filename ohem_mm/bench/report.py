@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ohem_mm.bench.files import Benchmark, check_shared_value
-from ohem_mm.bench.text import clock, difference, mean_std, table
-from ohem_mm.bench.tuning import Choice, choose
+from ohem_mm.bench.text import clock, difference, least_shown, mean_std, table
+from ohem_mm.bench.tuning import Choice, choose, drops
 from ohem_mm.errors import UserError
 
 MARKS = "<!-- report: {} -->", "<!-- end of report -->"
@@ -30,6 +30,7 @@ class Results:
     outdated: int  # records of earlier versions of a config
     choices: dict[str, Choice] = field(default_factory=dict)  # of tuning, one for each variant
     at: float | None = None  # the value that all variants share, instead of each one's best
+    tuning: tuple[dict[str, Any], ...] = ()  # the records of tuning that are not among the runs
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -40,6 +41,15 @@ class Results:
     def first(self) -> dict[str, Any]:
         """One that speaks for all."""
         return self.records[0]
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        """Variants that got no further seeds, and how many points each lies behind."""
+        return drops(self.benchmark, self.choices) if self.choices and self.at is None else {}
+
+    def value(self, variant: str) -> float | None:
+        """The value of what is tuned that a variant's runs have."""
+        return self.choices[variant].best if self.at is None else self.at
 
     @property
     def rare(self) -> list[int]:
@@ -106,14 +116,18 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
             else:
                 outdated += 1
     choices = choose(benchmark, current, benchmark.variants) if tune else {}
+    if at is None:
+        shown = {name: choice.best for name, choice in choices.items()}
+    else:
+        shown = dict.fromkeys(choices, at)
+    # Seeds that are there to choose only are not reported.
+    choosers = set(tune.seeds) - set(benchmark.seeds) if tune else set()
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for variant in benchmark.variants:
-        value = at if at is not None or tune is None else choices[variant].best
         seeds = {
             record["seed"]: record
             for record in current
-            if place(record) == (variant, value)
-            and (tune is None or record["seed"] not in set(tune.seeds) - set(benchmark.seeds))
+            if place(record) == (variant, shown.get(variant)) and record["seed"] not in choosers
         }
         if seeds:
             runs[variant] = dict(sorted(seeds.items()))
@@ -122,7 +136,9 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
             f"there are no records of {benchmark.name!r}; make them with: "
             f"python tools/benchmark_miou.py run {benchmark.shown_path}"
         )
-    return Results(benchmark, runs, outdated, choices, at)
+    reported = {id(run) for seeds in runs.values() for run in seeds.values()}
+    tuning = [] if at is not None else [run for run in current if id(run) not in reported]
+    return Results(benchmark, runs, outdated, choices, at, tuple(tuning))
 
 
 def markdown(results: Results) -> str:
@@ -131,10 +147,18 @@ def markdown(results: Results) -> str:
     parts = [f"### {benchmark.title}"]
     if benchmark.note:
         parts.append(benchmark.note)
+    if benchmark.tune is not None and results.at is not None:
+        parts[0] += f", all at {benchmark.tune.label(results.at)}"
+        parts.append(
+            f"**All variants share {benchmark.tune.label(results.at)}: this compares them at one "
+            "value, not each at its best.**"
+        )
     rows = [name for name in results.runs if not benchmark.variants[name].cell]
     if rows:
         parts.append(_main_table(results, rows))
     parts += _grid_tables(results)
+    if benchmark.tune is not None and results.at is None:
+        parts += _tuning(results)
     parts += [_reading(results), _setup(results)]
     missing = _missing(results)
     if missing:
@@ -149,11 +173,11 @@ def markdown(results: Results) -> str:
 
 def _main_table(results: Results, rows: list[str]) -> str:
     benchmark = results.benchmark
-    metric = benchmark.metric
-    against = f"vs {benchmark.variants[benchmark.baseline].label}"
-    header = ["variant", metric, against]
+    metric, tune = benchmark.metric, benchmark.tune
+    against = [f"vs {benchmark.variants[benchmark.baseline].label}"] + ["least"] * bool(tune)
+    header = ["variant", *([tune.name, "seeds"] if tune else []), metric, *against]
     if results.rare:
-        header += [f"rare-class {metric}", against]
+        header += [f"rare-class {metric}", *against]
     validated = all(run["curve"] for name in rows for run in results.runs[name].values())
     header += [f"val {metric}"] * validated + ["aAcc", "kept", "training", "memory"]
     lines = []
@@ -161,9 +185,14 @@ def _main_table(results: Results, rows: list[str]) -> str:
         runs = list(results.runs[name].values())
         base = name == benchmark.baseline
         line = [benchmark.variants[name].label]
+        if tune:
+            value = results.value(name)
+            line += ["-" if value is None else f"{value:g}", str(len(runs))]
         for score in [results.score, results.rare_score][: 2 if results.rare else 1]:
             line.append(mean_std([score(run) for run in runs]))
             line.append("" if base else difference(results.pairs(name, score)))
+            if tune:
+                line.append("" if base else least_shown(results.pairs(name, score)))
         if validated:
             line.append(mean_std([run["curve"][-1][1] for run in runs]))
         line.append(mean_std([run["metrics"]["aAcc"] for run in runs]))
@@ -183,6 +212,61 @@ def _class_table(results: Results, rows: list[str]) -> str:
         cells = [f"{statistics.fmean(values):.2f}" if values else "-" for values in scores]
         lines.append([name, f"{100 * results.first['class_shares'][i]:.2f} %", *cells])
     return table(["class", "pixels", *labels], lines)
+
+
+def _tuning(results: Results) -> list[str]:
+    """What tuning saw and chose, variant by variant."""
+    benchmark, tune = results.benchmark, results.benchmark.tune
+    assert tune is not None
+    choices = {
+        name: choice for name, choice in results.choices.items() if any(choice.scores.values())
+    }
+
+    def labels(names: Iterable[str]) -> str:
+        return ", ".join(benchmark.variants[name].label for name in names)
+
+    lines = []
+    for name, choice in choices.items():
+        cells = [mean_std(list(choice.scores[value].values())) for value in tune.values]
+        cells = [
+            f"**{cell}**" if value == choice.best else cell
+            for value, cell in zip(tune.values, cells, strict=True)
+        ]
+        lines.append([benchmark.variants[name].label, *cells])
+    optimistic = ""
+    if tune.split == benchmark.split:
+        optimistic = (
+            f" The choice was made on the images that are reported ({tune.split}), so the scores "
+            "are too high."
+        )
+    seeds = f"seed{'s' * (len(tune.seeds) > 1)} {', '.join(map(str, tune.seeds))}"
+    parts = [
+        f"{tune.name} of each variant, chosen by the {tune.split} {benchmark.metric} after "
+        f"training ({seeds}; the best in bold):{optimistic}",
+        table(["variant", *map(tune.label, tune.values)], lines),
+    ]
+    ends = [name for name, choice in choices.items() if choice.at_end]
+    if ends:
+        parts.append(
+            "The best lies at an end of the range, and a better one may lie beyond it: "
+            f"{labels(ends)}."
+        )
+    for name, behind in results.dropped.items():
+        base = benchmark.variants[benchmark.baseline_of(name)].label
+        parts.append(
+            f"No further seeds for {benchmark.variants[name].label}: at its best it lies "
+            f"{behind:.2f} points behind {base} on {tune.split}, more than {tune.drop_below:g}."
+        )
+    open_ = [
+        f"{benchmark.variants[name].label} ("
+        + "; ".join(f"{tune.label(value)}, seed {seed}" for value, seed in choice.missing)
+        + ")"
+        for name, choice in results.choices.items()
+        if not choice.finished
+    ]
+    if open_:
+        parts.append(f"Not tuned yet: {'; '.join(open_)}.")
+    return parts
 
 
 def panels(results: Results) -> list[tuple[str, list[list[list[dict[str, Any]]]]]]:
@@ -240,6 +324,11 @@ def _reading(results: Results) -> str:
             "seed; in brackets is the 95 % interval (Student t), bold where it excludes zero, each "
             "variant taken on its own. "
         )
+    if benchmark.tune is not None and counts != {1}:
+        text += (
+            "least: the smallest difference that the seeds of the row could have shown, half the "
+            "width of the interval. "
+        )
     if results.rare:
         names = ", ".join(results.first["classes"][i] for i in results.rare)
         text += f"Rare classes (below {100 * benchmark.rare_below:g} % of the pixels): {names}. "
@@ -286,7 +375,8 @@ def _pairing(results: Results) -> str:
 
 def _setup(results: Results) -> str:
     """Where the figures come from."""
-    benchmark, records = results.benchmark, results.records
+    benchmark, records = results.benchmark, [*results.records, *results.tuning]
+    tuning = f", {len(results.tuning)} of them to tune" if results.tuning else ""
 
     def listed(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
@@ -309,6 +399,8 @@ def _setup(results: Results) -> str:
 
     options = dict(kv for run in records for kv in run["cfg_options"].items())
     command = f"python tools/benchmark_miou.py run {benchmark.shown_path}"
+    if results.at is not None:
+        command += f" --at {results.at:g}"
     if options:
         settings = " ".join(shlex.quote(f"{k}={v}") for k, v in sorted(options.items()))
         command += f" --cfg-options {settings}"
@@ -318,7 +410,7 @@ def _setup(results: Results) -> str:
     )
     text = (
         f"{listed(run['iterations'] for run in records)} iterations; seeds "
-        f"{listed(sorted({run['seed'] for run in records}))}; {len(records)} runs, "
+        f"{listed(sorted({run['seed'] for run in records}))}; {len(records)} runs{tuning}, "
         f"{clock(seconds)} in all if run one by one. "
         f"{listed(map(machine, records))}; {versions}; commit {listed(map(commit, records))}. "
         f"Made by `{command}`."
@@ -333,6 +425,10 @@ def _missing(results: Results) -> str:
     missing = []
     for name, variant in benchmark.variants.items():
         seeds = [str(s) for s in benchmark.seeds if s not in results.runs.get(name, {})]
+        choice = results.choices.get(name) if results.at is None else None
+        # Which value these seeds are to have is not known yet, or they are not to be run.
+        if choice is not None and (name in results.dropped or not choice.finished):
+            continue
         if seeds:
             missing.append(f"{variant.label} (seed {', '.join(seeds)})")
     return "; ".join(missing)

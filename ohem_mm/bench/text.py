@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-__all__ = ["clock", "difference", "half_width", "mean_std", "table"]
+__all__ = ["clock", "difference", "half_width", "least_shown", "mean_std", "table"]
 
 
 def clock(seconds: float | None) -> str:
@@ -45,6 +45,12 @@ def difference(values: Sequence[float]) -> str:
         return f"{mean:+.2f}"
     text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
     return f"**{text}**" if abs(mean) > half else text
+
+
+def least_shown(values: Sequence[float]) -> str:
+    """The smallest difference whose 95 % interval would exclude zero, by the spread of these."""
+    half = None if any(map(math.isnan, values)) else half_width(values)
+    return "-" if half is None else f"{half:.2f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
