@@ -110,12 +110,15 @@ class Plan:
         # The baselines too: whether a variant is dropped depends on them.
         bases = [benchmark.baseline_of(name) for name in self.names] if tune else []
         self.configs: dict[tuple[str, float | None], tuple[Config, str, str]] = {}
+        loaded: dict[str, Config] = {}
         for name in dict.fromkeys([*self.names, *bases]):
+            variant = benchmark.variants[name]
             for value in values:
                 try:
-                    built = _variant_config(benchmark, benchmark.variants[name], value, args)
+                    built = _variant_config(benchmark, variant, value, args, loaded)
                 except cli.UserError as error:
-                    raise cli.UserError(f"variant {name!r} of {benchmark.path}: {error}") from error
+                    where = f"variant {name!r} of {benchmark.path}"
+                    raise cli.UserError(f"{where}: {error}") from error
                 self.configs[name, value] = built
         self.jobs: dict[tuple[str, float | None, int], Job] = {}
         self.told: set[str] = set()
@@ -219,18 +222,31 @@ class Plan:
 
 
 def _variant_config(
-    benchmark: Benchmark, variant: Variant, value: float | None, args: argparse.Namespace
+    benchmark: Benchmark,
+    variant: Variant,
+    value: float | None,
+    args: argparse.Namespace,
+    loaded: dict[str, Config],
 ) -> tuple[Config, str, str]:
     """The config of a variant at a value of what is tuned.
+
+    Args:
+        benchmark: The benchmark file.
+        variant: One of its variants.
+        value: Of what is tuned; None: nothing is.
+        args: The tool's command line.
+        loaded: Config files as they were read, each once; this one is added.
 
     Returns:
         The config, the hash of all that makes its results, and the hash of what the runs that
         tuning may compare have in common.
     """
-    load = argparse.Namespace(
-        config=variant.config, cfg_options={}, launcher="none", work_dir="", local_rank=0
-    )
-    cfg = cli.load_config(load)
+    if variant.config not in loaded:
+        load = argparse.Namespace(
+            config=variant.config, cfg_options={}, launcher="none", work_dir="", local_rank=0
+        )
+        loaded[variant.config] = cli.load_config(load)
+    cfg = copy.deepcopy(loaded[variant.config])
     for options in (benchmark.cfg_options, *variant.cfg_options):
         cli.apply_options(cfg, copy.deepcopy(options))
     if benchmark.amp:
@@ -311,9 +327,7 @@ def _set_tuned(
             try:
                 node = node[int(part)] if isinstance(node, list | tuple) else node[part]
             except (KeyError, IndexError, ValueError, TypeError):
-                raise cli.UserError(
-                    f"tune: the config has no {key}, so scales have no base"
-                ) from None
+                raise cli.UserError(f"tune: the config has no {key} to scale") from None
         if isinstance(node, bool) or not isinstance(node, int | float):
             raise cli.UserError(f"tune: {key} is {node!r} in the config; scales need a number")
         options[key] = node * value

@@ -131,6 +131,11 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
         }
         if seeds:
             runs[variant] = dict(sorted(seeds.items()))
+    if not runs and current and at is None:
+        raise cli.UserError(
+            f"no value of {benchmark.name!r} has been tried with all tuning seeds yet; go on with: "
+            f"python tools/benchmark_miou.py run {benchmark.shown_path}"
+        )
     if not runs:
         raise UserError(
             f"there are no records of {benchmark.name!r}; make them with: "
