@@ -160,17 +160,13 @@ def _draw_tuning(results: Results) -> Any:
         for name, choice in results.choices.items()
         if choice.means and not benchmark.variants[name].cell
     ]
-    for i, choice in enumerate(drawn):
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+    for place, choice in enumerate(drawn):
+        seeds = [choice.scores[value].values() for value in choice.means]
         label = _plain(benchmark.variants[choice.variant].label)
-        means = choice.means
-        axis.plot(
-            list(means), list(means.values()), style, color=colour, label=label, marker="o", ms=4
-        )
-        if len(tune.seeds) > 1:
-            for value, seeds in choice.scores.items():
-                axis.scatter([value] * len(seeds), list(seeds.values()), s=6, color=colour)
-        ring = [value for value in means if value == choice.best]
+        x, y = list(choice.means), list(choice.means.values())
+        draw_band(axis, place, label, x, y, list(map(min, seeds)), list(map(max, seeds)))
+        ring = [value for value in x if value == choice.best]
+        colour = axis.lines[-1].get_color()
         axis.plot(ring, [choice.best_score], "o", ms=11, mfc="none", mec=colour, mew=1.5)
     if not drawn:
         return None
@@ -180,6 +176,5 @@ def _draw_tuning(results: Results) -> Any:
     axis.minorticks_off()
     axis.set_xlabel(f"{tune.name}{', times that of the config' * tune.scale}")
     axis.set_ylabel(f"{benchmark.metric} on {tune.split}, %")
-    axis.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside right upper")
     return figure

@@ -132,7 +132,7 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
         if seeds:
             runs[variant] = dict(sorted(seeds.items()))
     if not runs and current and at is None:
-        raise cli.UserError(
+        raise UserError(
             f"no value of {benchmark.name!r} has been tried with all tuning seeds yet; go on with: "
             f"python tools/benchmark_miou.py run {benchmark.shown_path}"
         )
