@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ohem_mm.bench.drawing import COLOURS, draw_band, drawing, save
-from ohem_mm.bench.report import Results, grid_scores, panels
+from ohem_mm.bench.report import Results, grid_maps
 
 __all__ = ["plot"]
 
@@ -107,42 +107,57 @@ def _draw_curves(results: Results) -> Any:
 
 
 def _draw_grid(results: Results) -> Any:
-    """Heat maps: a panel for each value of the third axis, a row for each score."""
+    """Heat maps: a panel for each value of the third axis, a row for each thing to show."""
     from matplotlib.figure import Figure
 
-    axes, grids = results.benchmark.axes, panels(results)
-    if not grids:
+    axes, maps = results.benchmark.axes, grid_maps(results)
+    if not maps:
         return None
-    scores = grid_scores(results)
+    panels = len(maps[0].panels)
     columns = axes[1].labels if len(axes) > 1 else ("",)
     size = (
-        1.6 + len(grids) * (0.7 + 0.75 * len(columns)),
-        len(scores) * (1.0 + 0.42 * len(axes[0].labels)),
+        1.6 + panels * (0.7 + 0.75 * len(columns)),
+        len(maps) * (1.0 + 0.42 * len(axes[0].labels)),
     )
     figure = Figure(figsize=size, layout="constrained")
-    frames = figure.subplots(len(scores), len(grids), squeeze=False)
-    for line, (name, score) in zip(frames, scores, strict=True):
+    frames = figure.subplots(len(maps), panels, squeeze=False)
+    for line, shown in zip(frames, maps, strict=True):
         data = [
-            [[fmean(map(score, runs)) if runs else math.nan for runs in row] for row in grid]
-            for _, grid in grids
+            [[fmean(values) if values else math.nan for values in row] for row in grid]
+            for _, grid in shown.panels
         ]
         flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
         low = min(flat)
         high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
-        for frame, (title, _), values in zip(line, grids, data, strict=True):
-            image = frame.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        if shown.is_difference:  # white is zero
+            high = max(abs(low), abs(high))
+            low = -high
+        colours = "PuOr" if shown.is_difference else "cividis"
+        for frame, (title, grid), values in zip(line, shown.panels, data, strict=True):
+            image = frame.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
-                    ink = "white" if value < (low + high) / 2 else "black"
-                    text = frame.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
-                    text.set_fontsize(9)
+                    if shown.is_difference:
+                        ink = "white" if abs(value) > 0.6 * high else "black"
+                        words = f"{value:+.1f}"
+                        # Beyond the noise.
+                        weight = "bold" if abs(value) > shown.least(len(grid[i][j])) else "normal"
+                    else:
+                        ink = "white" if value < (low + high) / 2 else "black"
+                        words, weight = f"{value:.1f}", "normal"
+                    text = frame.text(j, i, words, ha="center", va="center", color=ink)
+                    text.set(fontsize=9, fontweight=weight)
             frame.set_xticks(range(len(columns)), columns)
             frame.set_yticks(range(len(axes[0].labels)), axes[0].labels)
             frame.set_title(title, fontsize=10)
             if len(axes) > 1:
                 frame.set_xlabel(axes[1].name)
         line[0].set_ylabel(axes[0].name)
-        figure.colorbar(image, ax=list(line), label=f"{name}, %")
+        # The names of compared variants are long.
+        label = _plain(shown.name).replace(", ", "\n") if shown.name.count(",") else shown.name
+        figure.colorbar(
+            image, ax=list(line), label=f"{label}, {'points' if shown.is_difference else '%'}"
+        )
     return figure
 
 

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ohem_mm.bench.files import Benchmark, check_shared_value
-from ohem_mm.bench.text import clock, difference, least_shown, mean_std, table
+from ohem_mm.bench.text import (
+    clock,
+    difference,
+    half_width_of,
+    least_shown,
+    mean_std,
+    pooled,
+    table,
+)
 from ohem_mm.bench.tuning import Choice, choose, drops
 from ohem_mm.errors import UserError
 
@@ -74,7 +82,7 @@ class Results:
 
     def pairs(self, variant: str, score: Any) -> list[float]:
         """Differences to the baseline, for the seeds that both have."""
-        base = self.runs.get(self.benchmark.baseline, {})
+        base = self.runs.get(self.benchmark.baseline_of(variant), {})
         return [score(run) - score(base[s]) for s, run in self.runs[variant].items() if s in base]
 
 
@@ -179,7 +187,7 @@ def markdown(results: Results) -> str:
 def _main_table(results: Results, rows: list[str]) -> str:
     benchmark = results.benchmark
     metric, tune = benchmark.metric, benchmark.tune
-    against = [f"vs {benchmark.variants[benchmark.baseline].label}"] + ["least"] * bool(tune)
+    against = [f"vs {benchmark.baseline_label}"] + ["least"] * bool(tune)
     header = ["variant", *([tune.name, "seeds"] if tune else []), metric, *against]
     if results.rare:
         header += [f"rare-class {metric}", *against]
@@ -274,27 +282,60 @@ def _tuning(results: Results) -> list[str]:
     return parts
 
 
-def panels(results: Results) -> list[tuple[str, list[list[list[dict[str, Any]]]]]]:
-    """The grid as (title, rows of columns of runs), a panel for each value of the third axis."""
-    axes = results.benchmark.axes
-    cells = {
-        variant.cell: list(results.runs.get(variant.name, {}).values())
-        for variant in results.benchmark.variants.values()
-        if variant.cell
-    }
-    if not any(cells.values()):
-        return []
+@dataclass(frozen=True)
+class GridMap:
+    """One number in every cell of the grid, for each seed."""
+
+    name: str
+    is_difference: bool
+    panels: list[tuple[str, list[list[list[float]]]]]  # title; rows of columns of values
+    spread: tuple[float, int] | None  # of differences between seeds, with its degrees of freedom
+
+    def least(self, count: int) -> float:
+        """The smallest mean of so many differences that is told from zero; inf if unknown."""
+        return half_width_of(*self.spread, count) if self.spread and count else math.inf
+
+
+def grid_maps(results: Results) -> list[GridMap]:
+    """What there is to show cell by cell, in the order in which it is shown."""
+    benchmark = results.benchmark
+    maps = []
+    for name, score in _grid_scores(results):
+        for row, label in (benchmark.rows or {"": ""}).items():
+            cells = {v.cell: v.name for v in benchmark.variants.values() if v.cell and v.row == row}
+            is_difference = bool(row) and row != benchmark.baseline
+            values = {}
+            for cell, variant in cells.items():
+                runs = results.runs.get(variant, {})
+                if is_difference:
+                    values[cell] = results.pairs(variant, score) if runs else []
+                else:
+                    values[cell] = [score(run) for run in runs.values()]
+            if not any(values.values()):
+                continue
+            title = f"{name}, {label}" if row else name
+            if is_difference:
+                title += f" minus {benchmark.baseline_label}"
+            spread = pooled(values.values()) if is_difference else None
+            maps.append(GridMap(title, is_difference, _panels(benchmark, values), spread))
+    return maps
+
+
+def _panels(
+    benchmark: Benchmark, values: dict[tuple[int, ...], list[float]]
+) -> list[tuple[str, list[list[list[float]]]]]:
+    """The cells as tables, a panel for each value of the third axis."""
+    axes = benchmark.axes
     shape = [len(axis.values) for axis in axes] + [1] * (3 - len(axes))
-    panels = []
+    found = []
     for k in range(shape[2]):
         title = f"{axes[2].name} {axes[2].labels[k]}" if len(axes) == 3 else ""
-        grid = [[cells[(i, j, k)[: len(axes)]] for j in range(shape[1])] for i in range(shape[0])]
-        panels.append((title, grid))
-    return panels
+        grid = [[values[(i, j, k)[: len(axes)]] for j in range(shape[1])] for i in range(shape[0])]
+        found.append((title, grid))
+    return found
 
 
-def grid_scores(results: Results) -> list[tuple[str, Any]]:
-    """The scores that are shown cell by cell: names and functions of a run."""
+def _grid_scores(results: Results) -> list[tuple[str, Any]]:
     metric = results.benchmark.metric
     scores: list[tuple[str, Any]] = [(metric, results.score)]
     return scores + ([(f"rare-class {metric}", results.rare_score)] if results.rare else [])
@@ -303,22 +344,39 @@ def grid_scores(results: Results) -> list[tuple[str, Any]]:
 def _grid_tables(results: Results) -> list[str]:
     axes = results.benchmark.axes
     parts = []
-    for name, score in grid_scores(results):
-        for title, grid in panels(results):
-            columns = [f"{axes[1].name} {v}" for v in axes[1].labels] if len(axes) > 1 else [name]
+    for shown in grid_maps(results):
+
+        def cell(values: list[float], shown: GridMap = shown) -> str:
+            if not shown.is_difference or not values:
+                return mean_std(values)
+            mean = statistics.fmean(values)
+            return f"**{mean:+.2f}**" if abs(mean) > shown.least(len(values)) else f"{mean:+.2f}"
+
+        columns = [shown.name]
+        if len(axes) > 1:
+            columns = [f"{axes[1].name} {v}" for v in axes[1].labels]
+        for title, grid in shown.panels:
             lines = [
-                [label, *(mean_std([score(run) for run in runs]) for runs in row)]
-                for label, row in zip(axes[0].labels, grid, strict=True)
+                [label, *map(cell, row)] for label, row in zip(axes[0].labels, grid, strict=True)
             ]
-            parts.append(f"{name}{', ' if title else ''}{title}:")
+            parts.append(f"{shown.name}{', ' if title else ''}{title}:")
             parts.append(table([axes[0].name, *columns], lines))
+        if shown.spread:
+            count = max(len(v) for _, grid in shown.panels for row in grid for v in row)
+            spread, freedom = shown.spread
+            parts.append(
+                f"Noise of {shown.name}: between seeds a difference varies by {spread:.2f} "
+                f"(standard deviation, pooled over the cells, {freedom} degrees of freedom), so "
+                f"the mean of {count} seeds shows nothing below {shown.least(count):.2f} (95 %). "
+                "Bold where it shows something."
+            )
     return parts
 
 
 def _reading(results: Results) -> str:
     """How to read the tables."""
     benchmark = results.benchmark
-    label = benchmark.variants[benchmark.baseline].label
+    label = benchmark.baseline_label
     counts = {len(seeds) for seeds in results.runs.values()}
     text = f"All metrics are in per cent, on the {benchmark.split} split. "
     if counts == {1}:
@@ -347,8 +405,8 @@ def _reading(results: Results) -> str:
 def _pairing(results: Results) -> str:
     """Whether the fingerprints bear out that the runs of a seed are paired."""
     benchmark = results.benchmark
-    base = results.runs.get(benchmark.baseline, {})
-    if not base:
+    bases = {name: results.runs.get(benchmark.baseline_of(name), {}) for name in results.runs}
+    if not any(bases.values()):
         return ""
     sentences = []
 
@@ -365,10 +423,14 @@ def _pairing(results: Results) -> str:
         others = [
             benchmark.variants[variant].label
             for variant, runs in results.runs.items()
-            if not all(same(run, base[seed]) for seed, run in runs.items() if seed in base)
+            if not all(
+                same(run, bases[variant][seed])
+                for seed, run in runs.items()
+                if seed in bases[variant]
+            )
         ]
         if others:
-            label = benchmark.variants[benchmark.baseline].label
+            label = benchmark.baseline_label
             sentences.append(f"Unlike {label}: {what} in {', '.join(others)}.")
     if not sentences:
         sentences = ["Runs of one seed have the same initial weights and order of the images."]
