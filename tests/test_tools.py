@@ -18,6 +18,7 @@ from ohem_mm.config import config_path
 pytest.importorskip("mmseg")
 
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
 from ohem_mm import cli
@@ -201,9 +202,49 @@ def test_resume_from_a_checkpoint_that_was_deleted(tool):
 
 def test_amp_without_a_gpu(tool, monkeypatch):
     monkeypatch.setattr(cli, "get_device", lambda: "cpu")
-    code, message = tool("train", OHEM, "--amp")
+    options = ["optim_wrapper.type=AmpOptimWrapper"]
+    code, message = tool("train", OHEM, "--cfg-options", *options)
     assert code == 2
-    assert message == "error: mixed precision needs a GPU, and this machine offers: cpu\n"
+    assert one_sentence(message)
+    assert "AmpOptimWrapper of the config needs a GPU, and this machine offers: cpu" in message
+    assert "--amp takes the Bf16OptimWrapper instead" in message
+
+
+def test_mixed_precision_and_channels_last_on_a_cpu(tool, monkeypatch):
+    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    seen = {}
+
+    class Watch(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            weights = [w for w in runner.model.parameters() if w.ndim == 4 and min(w.shape[1:]) > 1]
+            seen["order"] = {w.is_contiguous(memory_format=torch.channels_last) for w in weights}
+            seen["wrapper"] = type(runner.optim_wrapper).__name__
+            seen["hooks"] = {type(hook).__name__ for hook in runner.hooks}
+            layer = runner.model.decode_head.conv_seg
+            # Validation follows, and is in float32.
+            layer.register_forward_hook(
+                lambda layer, _, logits: seen.update({f"training {layer.training}": logits.dtype})
+            )
+
+    build = cli.build_runner
+
+    def build_and_watch(cfg):
+        runner = build(cfg)
+        runner.register_hook(Watch())
+        return runner
+
+    monkeypatch.setattr(cli, "build_runner", build_and_watch)
+    options = ["train_cfg.max_iters=2", "train_cfg.val_interval=5", "train_dataloader.batch_size=2"]
+    options += ["param_scheduler.1.end=60", "val_dataloader.dataset.num_scenes=2"]
+    arguments = ("--amp", "--channels-last", "--work-dir", "work", "--cfg-options", *options)
+    assert tool("train", OHEM, *arguments)[0] == 0
+    assert seen["order"] == {True}
+    assert seen["wrapper"] == "Bf16OptimWrapper"
+    assert {"ChannelsLastHook", "FusedOhemHook"} <= seen["hooks"]
+    assert seen["training True"] == torch.bfloat16
+    assert seen["training False"] == torch.float32
+    state = torch.load("work/iter_2.pth", weights_only=False)["state_dict"]
+    assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
 
 
 def test_launcher_without_torchrun(monkeypatch):

@@ -11,7 +11,7 @@ import difflib
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Variant:
     config: str
     cfg_options: tuple[dict[str, Any], ...]
     cell: tuple[int, ...] = ()  # where it stands in the grid
+    row: str = ""  # of a grid in which variants are compared: which one this is
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,20 @@ class Benchmark:
     cfg_options: dict[str, Any]
     variants: dict[str, Variant]
     axes: tuple[Axis, ...]  # rows, columns and panels of the grid
+    rows: dict[str, str]  # labels of the variants that are compared in each cell of the grid
     amp: bool  # bf16
     channels_last: bool
     tune: Tune | None
 
     def baseline_of(self, variant: str) -> str:
-        """The name of the variant that this one is compared with."""
-        return self.baseline
+        """The name of the variant that this one is compared with: in a grid, of the same cell."""
+        row = self.variants[variant].row
+        return self.baseline + variant[len(row) :] if row else self.baseline
+
+    @property
+    def baseline_label(self) -> str:
+        """For people."""
+        return self.rows.get(self.baseline) or self.variants[self.baseline].label
 
     @property
     def shown_path(self) -> str:
@@ -111,6 +119,8 @@ _Loader.add_constructor(
     "!tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
 )
 
+_NAME = re.compile(r"[\w.=,+-]+")
+_NAME_RULE = "letters, digits and _.=,+- are allowed"
 _REQUIRED = object()
 _FIELDS: dict[str, tuple[Any, Any]] = {
     # key: (type, default)
@@ -164,16 +174,19 @@ def load_benchmark(name: str) -> Benchmark:
         str(key): _variant(str(key), value, f"{path}: variant {key!r}")
         for key, value in values.pop("variants").items()
     }
-    axes, cells = _grid(values.pop("grid"), f"{path}: grid")
-    variants |= cells
-    if values["baseline"] not in variants:
+    axes, cells = _grid(values.pop("grid"), variants, f"{path}: grid")
+    # Without a config of its own, a grid compares the variants in each of its cells.
+    compared = {variant.row for variant in cells.values()} - {""}
+    rows = {name: variant.label for name, variant in variants.items() if name in compared}
+    variants = cells if rows else variants | cells
+    if values["baseline"] not in (rows or variants):
         raise cli.UserError(
             f"{path}: the baseline {values['baseline']!r} is none of the variants: "
-            + ", ".join(variants)
+            + ", ".join(rows or variants)
         )
     values["title"] = values["title"] or values["name"]
     values["note"] = " ".join(values["note"].split())
-    return Benchmark(path=path, variants=variants, axes=axes, **values)
+    return Benchmark(path=path, variants=variants, axes=axes, rows=rows, **values)
 
 
 def _seeds(seeds: list[Any], where: str) -> tuple[int, ...]:
@@ -248,8 +261,8 @@ def _fields(raw: Any, fields: dict[str, tuple[Any, Any]], where: str) -> dict[st
             raise cli.UserError(f"{where}: {key} is {value!r}; it must be a {' or '.join(names)}")
         values[key] = value
     name = values.get("name")
-    if name is not None and not re.fullmatch(r"[\w.=,+-]+", name):
-        raise cli.UserError(f"{where}: name is {name!r}; letters, digits and _.=,+- are allowed")
+    if name is not None and not _NAME.fullmatch(name):
+        raise cli.UserError(f"{where}: name is {name!r}; {_NAME_RULE}")
     return values
 
 
@@ -258,16 +271,25 @@ _VARIANT = {"label": (str, ""), "config": (str, _REQUIRED), "cfg_options": (dict
 
 def _variant(name: str, raw: Any, where: str) -> Variant:
     values = _fields(raw, _VARIANT, where)
-    if not re.fullmatch(r"[\w.=,+-]+", name):
-        raise cli.UserError(f"{where}: only letters, digits and _.=,+- are allowed in a name")
+    if not _NAME.fullmatch(name):
+        raise cli.UserError(f"{where}: that is no name; {_NAME_RULE}")
     return Variant(name, values["label"] or name, values["config"], (values["cfg_options"],))
 
 
-def _grid(raw: dict[str, Any], where: str) -> tuple[tuple[Axis, ...], dict[str, Variant]]:
-    """The axes of a grid and one variant for each of its cells."""
+def _grid(
+    raw: dict[str, Any], variants: dict[str, Variant], where: str
+) -> tuple[tuple[Axis, ...], dict[str, Variant]]:
+    """The axes of a grid and its cells: its own config, or else each of the variants, in each."""
     if not raw:
         return (), {}
-    values = _fields(raw, {**_VARIANT, "axes": (dict, _REQUIRED)}, where)
+    fields: dict[str, tuple[Any, Any]] = {
+        **_VARIANT,
+        "config": (str, ""),
+        "axes": (dict, _REQUIRED),
+    }
+    values = _fields(raw, fields, where)
+    if not values["config"] and not variants:
+        raise cli.UserError(f"{where} needs a config, or variants to compare in each of its cells")
     axes = []
     for name, node in values["axes"].items():
         fields = {
@@ -285,14 +307,32 @@ def _grid(raw: dict[str, Any], where: str) -> tuple[tuple[Axis, ...], dict[str, 
         raise cli.UserError(
             f"{where} has {len(axes)} axes; rows, columns and panels make 3 at most"
         )
+    if values["config"]:
+        own = _variant("grid", {key: values[key] for key in _VARIANT}, where)
+        compared = {"": own}
+    else:
+        compared = {
+            name: replace(variant, cfg_options=(*variant.cfg_options, values["cfg_options"]))
+            for name, variant in variants.items()
+        }
     cells = {}
     for cell in itertools.product(*(range(len(axis.values)) for axis in axes)):
         chosen = [(axis, i) for axis, i in zip(axes, cell, strict=True)]
         name = ",".join(f"{axis.name}={_short(axis.values[i])}" for axis, i in chosen)
         label = ", ".join(f"{axis.name} {axis.labels[i]}" for axis, i in chosen)
         options = {key: axis.values[i] for axis, i in chosen for key in axis.keys}
-        variant = _variant(name, {k: values[k] for k in _VARIANT}, where)
-        cells[name] = Variant(name, label, variant.config, (*variant.cfg_options, options), cell)
+        for row, variant in compared.items():
+            full = f"{row},{name}" if row else name
+            if not _NAME.fullmatch(full):
+                raise cli.UserError(f"{where}: {full!r} is no name; {_NAME_RULE}")
+            cells[full] = Variant(
+                full,
+                f"{variant.label}, {label}" if row else label,
+                variant.config,
+                (*variant.cfg_options, options),
+                cell,
+                row,
+            )
     return tuple(axes), cells
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ohem_mm.bench.drawing import COLOURS, draw_band, drawing, save
-from ohem_mm.bench.report import Results, grid_scores, panels
+from ohem_mm.bench.report import Results, grid_maps
 
 __all__ = ["plot"]
 
@@ -17,7 +17,8 @@ def plot(results: Results, folder: Path) -> list[Path]:
     """Draw what the records allow, as SVG; the same records give the same bytes.
 
     Returns:
-        The files: differences of the classes to the baseline, validation curves, heat maps.
+        The files: differences of the classes to the baseline, validation curves, heat maps, and
+        the scores over the values of what is tuned.
 
     Raises:
         UserError: matplotlib is missing.
@@ -25,6 +26,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
     files = []
     with drawing(results.benchmark.name):
         drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
+        drawings["tune"] = _draw_tuning
         for name, draw in drawings.items():
             figure = draw(results)
             if figure is not None:
@@ -105,40 +107,89 @@ def _draw_curves(results: Results) -> Any:
 
 
 def _draw_grid(results: Results) -> Any:
-    """Heat maps: a panel for each value of the third axis, a row for each score."""
+    """Heat maps: a panel for each value of the third axis, a row for each thing to show."""
     from matplotlib.figure import Figure
 
-    axes, grids = results.benchmark.axes, panels(results)
-    if not grids:
+    axes, maps = results.benchmark.axes, grid_maps(results)
+    if not maps:
         return None
-    scores = grid_scores(results)
+    panels = len(maps[0].panels)
     columns = axes[1].labels if len(axes) > 1 else ("",)
     size = (
-        1.6 + len(grids) * (0.7 + 0.75 * len(columns)),
-        len(scores) * (1.0 + 0.42 * len(axes[0].labels)),
+        1.6 + panels * (0.7 + 0.75 * len(columns)),
+        len(maps) * (1.0 + 0.42 * len(axes[0].labels)),
     )
     figure = Figure(figsize=size, layout="constrained")
-    frames = figure.subplots(len(scores), len(grids), squeeze=False)
-    for line, (name, score) in zip(frames, scores, strict=True):
+    frames = figure.subplots(len(maps), panels, squeeze=False)
+    for line, shown in zip(frames, maps, strict=True):
         data = [
-            [[fmean(map(score, runs)) if runs else math.nan for runs in row] for row in grid]
-            for _, grid in grids
+            [[fmean(values) if values else math.nan for values in row] for row in grid]
+            for _, grid in shown.panels
         ]
         flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
         low = min(flat)
         high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
-        for frame, (title, _), values in zip(line, grids, data, strict=True):
-            image = frame.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+        if shown.is_difference:  # white is zero
+            high = max(abs(low), abs(high))
+            low = -high
+        colours = "PuOr" if shown.is_difference else "cividis"
+        for frame, (title, grid), values in zip(line, shown.panels, data, strict=True):
+            image = frame.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
-                    ink = "white" if value < (low + high) / 2 else "black"
-                    text = frame.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
-                    text.set_fontsize(9)
+                    if shown.is_difference:
+                        ink = "white" if abs(value) > 0.6 * high else "black"
+                        words = f"{value:+.1f}"
+                        # Beyond the noise.
+                        weight = "bold" if abs(value) > shown.least(len(grid[i][j])) else "normal"
+                    else:
+                        ink = "white" if value < (low + high) / 2 else "black"
+                        words, weight = f"{value:.1f}", "normal"
+                    text = frame.text(j, i, words, ha="center", va="center", color=ink)
+                    text.set(fontsize=9, fontweight=weight)
             frame.set_xticks(range(len(columns)), columns)
             frame.set_yticks(range(len(axes[0].labels)), axes[0].labels)
             frame.set_title(title, fontsize=10)
             if len(axes) > 1:
                 frame.set_xlabel(axes[1].name)
         line[0].set_ylabel(axes[0].name)
-        figure.colorbar(image, ax=list(line), label=f"{name}, %")
+        # The names of compared variants are long.
+        label = _plain(shown.name).replace(", ", "\n") if shown.name.count(",") else shown.name
+        figure.colorbar(
+            image, ax=list(line), label=f"{label}, {'points' if shown.is_difference else '%'}"
+        )
+    return figure
+
+
+def _draw_tuning(results: Results) -> Any:
+    """Over the values of what is tuned: a line for each variant, a ring where it is best."""
+    from matplotlib.figure import Figure
+
+    benchmark, tune = results.benchmark, results.benchmark.tune
+    if tune is None or results.at is not None:
+        return None
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    drawn = [
+        choice
+        for name, choice in results.choices.items()
+        if choice.means and not benchmark.variants[name].cell
+    ]
+    for place, choice in enumerate(drawn):
+        seeds = [choice.scores[value].values() for value in choice.means]
+        label = _plain(benchmark.variants[choice.variant].label)
+        x, y = list(choice.means), list(choice.means.values())
+        draw_band(axis, place, label, x, y, list(map(min, seeds)), list(map(max, seeds)))
+        ring = [value for value in x if value == choice.best]
+        colour = axis.lines[-1].get_color()
+        axis.plot(ring, [choice.best_score], "o", ms=11, mfc="none", mec=colour, mew=1.5)
+    if not drawn:
+        return None
+    if tune.values[0] > 0 and tune.values[-1] >= 4 * tune.values[0]:
+        axis.set_xscale("log")
+    axis.set_xticks(tune.values, [f"{value:g}" for value in tune.values])
+    axis.minorticks_off()
+    axis.set_xlabel(f"{tune.name}{', times that of the config' * tune.scale}")
+    axis.set_ylabel(f"{benchmark.metric} on {tune.split}, %")
+    figure.legend(fontsize=9, loc="outside right upper")
     return figure

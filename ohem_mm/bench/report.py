@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ohem_mm.bench.files import Benchmark, check_shared_value
-from ohem_mm.bench.text import clock, difference, mean_std, table
-from ohem_mm.bench.tuning import Choice, choose
+from ohem_mm.bench.text import (
+    clock,
+    difference,
+    half_width_of,
+    least_shown,
+    mean_std,
+    pooled,
+    table,
+)
+from ohem_mm.bench.tuning import Choice, choose, drops
 from ohem_mm.errors import UserError
 
 MARKS = "<!-- report: {} -->", "<!-- end of report -->"
@@ -30,6 +38,7 @@ class Results:
     outdated: int  # records of earlier versions of a config
     choices: dict[str, Choice] = field(default_factory=dict)  # of tuning, one for each variant
     at: float | None = None  # the value that all variants share, instead of each one's best
+    tuning: tuple[dict[str, Any], ...] = ()  # the records of tuning that are not among the runs
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -40,6 +49,15 @@ class Results:
     def first(self) -> dict[str, Any]:
         """One that speaks for all."""
         return self.records[0]
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        """Variants that got no further seeds, and how many points each lies behind."""
+        return drops(self.benchmark, self.choices) if self.choices and self.at is None else {}
+
+    def value(self, variant: str) -> float | None:
+        """The value of what is tuned that a variant's runs have."""
+        return self.choices[variant].best if self.at is None else self.at
 
     @property
     def rare(self) -> list[int]:
@@ -64,7 +82,7 @@ class Results:
 
     def pairs(self, variant: str, score: Any) -> list[float]:
         """Differences to the baseline, for the seeds that both have."""
-        base = self.runs.get(self.benchmark.baseline, {})
+        base = self.runs.get(self.benchmark.baseline_of(variant), {})
         return [score(run) - score(base[s]) for s, run in self.runs[variant].items() if s in base]
 
 
@@ -91,32 +109,49 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
     def place(record: dict[str, Any]) -> tuple[Any, ...]:
         return record["variant"], record.get("tuned")
 
-    versions = {place(record): record["config_hash"] for record in records}
+    # Records of another version of a variant, or of another tune, are no rivals.
+    families = {record["variant"]: record.get("untuned_hash") for record in records}
+    versions = {
+        place(record): record["config_hash"]
+        for record in records
+        if record.get("untuned_hash") == families[record["variant"]]
+    }
     current, outdated = [], 0
     for record in records:
         if record["variant"] in benchmark.variants:
-            if record["config_hash"] == versions[place(record)]:
+            if record["config_hash"] == versions.get(place(record)):
                 current.append(record)
             else:
                 outdated += 1
     choices = choose(benchmark, current, benchmark.variants) if tune else {}
+    if at is None:
+        shown = {name: choice.best for name, choice in choices.items()}
+    else:
+        shown = dict.fromkeys(choices, at)
+    # Seeds that are there to choose only are not reported.
+    choosers = set(tune.seeds) - set(benchmark.seeds) if tune else set()
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for variant in benchmark.variants:
-        value = at if at is not None or tune is None else choices[variant].best
         seeds = {
             record["seed"]: record
             for record in current
-            if place(record) == (variant, value)
-            and (tune is None or record["seed"] not in set(tune.seeds) - set(benchmark.seeds))
+            if place(record) == (variant, shown.get(variant)) and record["seed"] not in choosers
         }
         if seeds:
             runs[variant] = dict(sorted(seeds.items()))
+    if not runs and current and at is None:
+        raise UserError(
+            f"no value of {benchmark.name!r} has been tried with all tuning seeds yet; go on with: "
+            f"python tools/benchmark_miou.py run {benchmark.shown_path}"
+        )
     if not runs:
         raise UserError(
             f"there are no records of {benchmark.name!r}; make them with: "
             f"python tools/benchmark_miou.py run {benchmark.shown_path}"
         )
-    return Results(benchmark, runs, outdated, choices, at)
+    reported = {id(run) for seeds in runs.values() for run in seeds.values()}
+    tuning = [] if at is not None else [run for run in current if id(run) not in reported]
+    return Results(benchmark, runs, outdated, choices, at, tuple(tuning))
 
 
 def markdown(results: Results) -> str:
@@ -125,10 +160,18 @@ def markdown(results: Results) -> str:
     parts = [f"### {benchmark.title}"]
     if benchmark.note:
         parts.append(benchmark.note)
+    if benchmark.tune is not None and results.at is not None:
+        parts[0] += f", all at {benchmark.tune.label(results.at)}"
+        parts.append(
+            f"**All variants share {benchmark.tune.label(results.at)}: this compares them at one "
+            "value, not each at its best.**"
+        )
     rows = [name for name in results.runs if not benchmark.variants[name].cell]
     if rows:
         parts.append(_main_table(results, rows))
     parts += _grid_tables(results)
+    if benchmark.tune is not None and results.at is None:
+        parts += _tuning(results)
     parts += [_reading(results), _setup(results)]
     missing = _missing(results)
     if missing:
@@ -143,11 +186,11 @@ def markdown(results: Results) -> str:
 
 def _main_table(results: Results, rows: list[str]) -> str:
     benchmark = results.benchmark
-    metric = benchmark.metric
-    against = f"vs {benchmark.variants[benchmark.baseline].label}"
-    header = ["variant", metric, against]
+    metric, tune = benchmark.metric, benchmark.tune
+    against = [f"vs {benchmark.baseline_label}"] + ["least"] * bool(tune)
+    header = ["variant", *([tune.name, "seeds"] if tune else []), metric, *against]
     if results.rare:
-        header += [f"rare-class {metric}", against]
+        header += [f"rare-class {metric}", *against]
     validated = all(run["curve"] for name in rows for run in results.runs[name].values())
     header += [f"val {metric}"] * validated + ["aAcc", "kept", "training", "memory"]
     lines = []
@@ -155,9 +198,14 @@ def _main_table(results: Results, rows: list[str]) -> str:
         runs = list(results.runs[name].values())
         base = name == benchmark.baseline
         line = [benchmark.variants[name].label]
+        if tune:
+            value = results.value(name)
+            line += ["-" if value is None else f"{value:g}", str(len(runs))]
         for score in [results.score, results.rare_score][: 2 if results.rare else 1]:
             line.append(mean_std([score(run) for run in runs]))
             line.append("" if base else difference(results.pairs(name, score)))
+            if tune:
+                line.append("" if base else least_shown(results.pairs(name, score)))
         if validated:
             line.append(mean_std([run["curve"][-1][1] for run in runs]))
         line.append(mean_std([run["metrics"]["aAcc"] for run in runs]))
@@ -179,27 +227,115 @@ def _class_table(results: Results, rows: list[str]) -> str:
     return table(["class", "pixels", *labels], lines)
 
 
-def panels(results: Results) -> list[tuple[str, list[list[list[dict[str, Any]]]]]]:
-    """The grid as (title, rows of columns of runs), a panel for each value of the third axis."""
-    axes = results.benchmark.axes
-    cells = {
-        variant.cell: list(results.runs.get(variant.name, {}).values())
-        for variant in results.benchmark.variants.values()
-        if variant.cell
+def _tuning(results: Results) -> list[str]:
+    """What tuning saw and chose, variant by variant."""
+    benchmark, tune = results.benchmark, results.benchmark.tune
+    assert tune is not None
+    choices = {
+        name: choice for name, choice in results.choices.items() if any(choice.scores.values())
     }
-    if not any(cells.values()):
-        return []
+
+    def labels(names: Iterable[str]) -> str:
+        return ", ".join(benchmark.variants[name].label for name in names)
+
+    lines = []
+    for name, choice in choices.items():
+        cells = [mean_std(list(choice.scores[value].values())) for value in tune.values]
+        cells = [
+            f"**{cell}**" if value == choice.best else cell
+            for value, cell in zip(tune.values, cells, strict=True)
+        ]
+        lines.append([benchmark.variants[name].label, *cells])
+    optimistic = ""
+    if tune.split == benchmark.split:
+        optimistic = (
+            f" The choice was made on the images that are reported ({tune.split}), so the scores "
+            "are too high."
+        )
+    seeds = f"seed{'s' * (len(tune.seeds) > 1)} {', '.join(map(str, tune.seeds))}"
+    parts = [
+        f"{tune.name} of each variant, chosen by the {tune.split} {benchmark.metric} after "
+        f"training ({seeds}; the best in bold):{optimistic}",
+        table(["variant", *map(tune.label, tune.values)], lines),
+    ]
+    ends = [name for name, choice in choices.items() if choice.at_end]
+    if ends:
+        parts.append(
+            "The best lies at an end of the range, and a better one may lie beyond it: "
+            f"{labels(ends)}."
+        )
+    for name, behind in results.dropped.items():
+        base = benchmark.variants[benchmark.baseline_of(name)].label
+        parts.append(
+            f"No further seeds for {benchmark.variants[name].label}: at its best it lies "
+            f"{behind:.2f} points behind {base} on {tune.split}, more than {tune.drop_below:g}."
+        )
+    open_ = [
+        f"{benchmark.variants[name].label} ("
+        + "; ".join(f"{tune.label(value)}, seed {seed}" for value, seed in choice.missing)
+        + ")"
+        for name, choice in results.choices.items()
+        if not choice.finished
+    ]
+    if open_:
+        parts.append(f"Not tuned yet: {'; '.join(open_)}.")
+    return parts
+
+
+@dataclass(frozen=True)
+class GridMap:
+    """One number in every cell of the grid, for each seed."""
+
+    name: str
+    is_difference: bool
+    panels: list[tuple[str, list[list[list[float]]]]]  # title; rows of columns of values
+    spread: tuple[float, int] | None  # of differences between seeds, with its degrees of freedom
+
+    def least(self, count: int) -> float:
+        """The smallest mean of so many differences that is told from zero; inf if unknown."""
+        return half_width_of(*self.spread, count) if self.spread and count else math.inf
+
+
+def grid_maps(results: Results) -> list[GridMap]:
+    """What there is to show cell by cell, in the order in which it is shown."""
+    benchmark = results.benchmark
+    maps = []
+    for name, score in _grid_scores(results):
+        for row, label in (benchmark.rows or {"": ""}).items():
+            cells = {v.cell: v.name for v in benchmark.variants.values() if v.cell and v.row == row}
+            is_difference = bool(row) and row != benchmark.baseline
+            values = {}
+            for cell, variant in cells.items():
+                runs = results.runs.get(variant, {})
+                if is_difference:
+                    values[cell] = results.pairs(variant, score) if runs else []
+                else:
+                    values[cell] = [score(run) for run in runs.values()]
+            if not any(values.values()):
+                continue
+            title = f"{name}, {label}" if row else name
+            if is_difference:
+                title += f" minus {benchmark.baseline_label}"
+            spread = pooled(values.values()) if is_difference else None
+            maps.append(GridMap(title, is_difference, _panels(benchmark, values), spread))
+    return maps
+
+
+def _panels(
+    benchmark: Benchmark, values: dict[tuple[int, ...], list[float]]
+) -> list[tuple[str, list[list[list[float]]]]]:
+    """The cells as tables, a panel for each value of the third axis."""
+    axes = benchmark.axes
     shape = [len(axis.values) for axis in axes] + [1] * (3 - len(axes))
-    panels = []
+    found = []
     for k in range(shape[2]):
         title = f"{axes[2].name} {axes[2].labels[k]}" if len(axes) == 3 else ""
-        grid = [[cells[(i, j, k)[: len(axes)]] for j in range(shape[1])] for i in range(shape[0])]
-        panels.append((title, grid))
-    return panels
+        grid = [[values[(i, j, k)[: len(axes)]] for j in range(shape[1])] for i in range(shape[0])]
+        found.append((title, grid))
+    return found
 
 
-def grid_scores(results: Results) -> list[tuple[str, Any]]:
-    """The scores that are shown cell by cell: names and functions of a run."""
+def _grid_scores(results: Results) -> list[tuple[str, Any]]:
     metric = results.benchmark.metric
     scores: list[tuple[str, Any]] = [(metric, results.score)]
     return scores + ([(f"rare-class {metric}", results.rare_score)] if results.rare else [])
@@ -208,22 +344,39 @@ def grid_scores(results: Results) -> list[tuple[str, Any]]:
 def _grid_tables(results: Results) -> list[str]:
     axes = results.benchmark.axes
     parts = []
-    for name, score in grid_scores(results):
-        for title, grid in panels(results):
-            columns = [f"{axes[1].name} {v}" for v in axes[1].labels] if len(axes) > 1 else [name]
+    for shown in grid_maps(results):
+
+        def cell(values: list[float], shown: GridMap = shown) -> str:
+            if not shown.is_difference or not values:
+                return mean_std(values)
+            mean = statistics.fmean(values)
+            return f"**{mean:+.2f}**" if abs(mean) > shown.least(len(values)) else f"{mean:+.2f}"
+
+        columns = [shown.name]
+        if len(axes) > 1:
+            columns = [f"{axes[1].name} {v}" for v in axes[1].labels]
+        for title, grid in shown.panels:
             lines = [
-                [label, *(mean_std([score(run) for run in runs]) for runs in row)]
-                for label, row in zip(axes[0].labels, grid, strict=True)
+                [label, *map(cell, row)] for label, row in zip(axes[0].labels, grid, strict=True)
             ]
-            parts.append(f"{name}{', ' if title else ''}{title}:")
+            parts.append(f"{shown.name}{', ' if title else ''}{title}:")
             parts.append(table([axes[0].name, *columns], lines))
+        if shown.spread:
+            count = max(len(v) for _, grid in shown.panels for row in grid for v in row)
+            spread, freedom = shown.spread
+            parts.append(
+                f"Noise of {shown.name}: between seeds a difference varies by {spread:.2f} "
+                f"(standard deviation, pooled over the cells, {freedom} degrees of freedom), so "
+                f"the mean of {count} seeds shows nothing below {shown.least(count):.2f} (95 %). "
+                "Bold where it shows something."
+            )
     return parts
 
 
 def _reading(results: Results) -> str:
     """How to read the tables."""
     benchmark = results.benchmark
-    label = benchmark.variants[benchmark.baseline].label
+    label = benchmark.baseline_label
     counts = {len(seeds) for seeds in results.runs.values()}
     text = f"All metrics are in per cent, on the {benchmark.split} split. "
     if counts == {1}:
@@ -233,6 +386,11 @@ def _reading(results: Results) -> str:
             f"± is the sample standard deviation over seeds. Differences to {label} are paired by "
             "seed; in brackets is the 95 % interval (Student t), bold where it excludes zero, each "
             "variant taken on its own. "
+        )
+    if benchmark.tune is not None and counts != {1}:
+        text += (
+            "least: the smallest difference that the seeds of the row could have shown, half the "
+            "width of the interval. "
         )
     if results.rare:
         names = ", ".join(results.first["classes"][i] for i in results.rare)
@@ -247,8 +405,8 @@ def _reading(results: Results) -> str:
 def _pairing(results: Results) -> str:
     """Whether the fingerprints bear out that the runs of a seed are paired."""
     benchmark = results.benchmark
-    base = results.runs.get(benchmark.baseline, {})
-    if not base:
+    bases = {name: results.runs.get(benchmark.baseline_of(name), {}) for name in results.runs}
+    if not any(bases.values()):
         return ""
     sentences = []
 
@@ -265,10 +423,14 @@ def _pairing(results: Results) -> str:
         others = [
             benchmark.variants[variant].label
             for variant, runs in results.runs.items()
-            if not all(same(run, base[seed]) for seed, run in runs.items() if seed in base)
+            if not all(
+                same(run, bases[variant][seed])
+                for seed, run in runs.items()
+                if seed in bases[variant]
+            )
         ]
         if others:
-            label = benchmark.variants[benchmark.baseline].label
+            label = benchmark.baseline_label
             sentences.append(f"Unlike {label}: {what} in {', '.join(others)}.")
     if not sentences:
         sentences = ["Runs of one seed have the same initial weights and order of the images."]
@@ -280,7 +442,8 @@ def _pairing(results: Results) -> str:
 
 def _setup(results: Results) -> str:
     """Where the figures come from."""
-    benchmark, records = results.benchmark, results.records
+    benchmark, records = results.benchmark, [*results.records, *results.tuning]
+    tuning = f", {len(results.tuning)} of them to tune" if results.tuning else ""
 
     def listed(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
@@ -303,6 +466,8 @@ def _setup(results: Results) -> str:
 
     options = dict(kv for run in records for kv in run["cfg_options"].items())
     command = f"python tools/benchmark_miou.py run {benchmark.shown_path}"
+    if results.at is not None:
+        command += f" --at {results.at:g}"
     if options:
         settings = " ".join(shlex.quote(f"{k}={v}") for k, v in sorted(options.items()))
         command += f" --cfg-options {settings}"
@@ -312,7 +477,7 @@ def _setup(results: Results) -> str:
     )
     text = (
         f"{listed(run['iterations'] for run in records)} iterations; seeds "
-        f"{listed(sorted({run['seed'] for run in records}))}; {len(records)} runs, "
+        f"{listed(sorted({run['seed'] for run in records}))}; {len(records)} runs{tuning}, "
         f"{clock(seconds)} in all if run one by one. "
         f"{listed(map(machine, records))}; {versions}; commit {listed(map(commit, records))}. "
         f"Made by `{command}`."
@@ -327,6 +492,10 @@ def _missing(results: Results) -> str:
     missing = []
     for name, variant in benchmark.variants.items():
         seeds = [str(s) for s in benchmark.seeds if s not in results.runs.get(name, {})]
+        choice = results.choices.get(name) if results.at is None else None
+        # Which value these seeds are to have is not known yet, or they are not to be run.
+        if choice is not None and (name in results.dropped or not choice.finished):
+            continue
         if seeds:
             missing.append(f"{variant.label} (seed {', '.join(seeds)})")
     return "; ".join(missing)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["clock", "difference", "half_width", "mean_std", "table"]
+__all__ = [
+    "clock",
+    "difference",
+    "half_width",
+    "half_width_of",
+    "least_shown",
+    "mean_std",
+    "pooled",
+    "table",
+]
 
 
 def clock(seconds: float | None) -> str:
@@ -22,10 +31,18 @@ def half_width(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % confidence interval of a mean; None for fewer than two values."""
     if len(values) < 2:
         return None
+    return _quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def half_width_of(spread: float, freedom: int, count: int) -> float:
+    """The same of a mean of ``count`` values, from a standard deviation that is known."""
+    return _quantile(freedom) * spread / math.sqrt(count)
+
+
+def _quantile(freedom: int) -> float:
     from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
 
-    quantile = float(t.ppf(0.975, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, freedom))
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
@@ -45,6 +62,25 @@ def difference(values: Sequence[float]) -> str:
         return f"{mean:+.2f}"
     text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
     return f"**{text}**" if abs(mean) > half else text
+
+
+def least_shown(values: Sequence[float]) -> str:
+    """The smallest difference whose 95 % interval would exclude zero, by the spread of these."""
+    half = None if any(map(math.isnan, values)) else half_width(values)
+    return "-" if half is None else f"{half:.2f}"
+
+
+def pooled(samples: Iterable[Sequence[float]]) -> tuple[float, int] | None:
+    """The standard deviation within samples, pooled over them, and its degrees of freedom.
+
+    None where no sample has two values.
+    """
+    known = [sample for sample in samples if len(sample) > 1 and not any(map(math.isnan, sample))]
+    freedom = sum(len(sample) - 1 for sample in known)
+    if not freedom:
+        return None
+    squares = sum(statistics.variance(sample) * (len(sample) - 1) for sample in known)
+    return math.sqrt(squares / freedom), freedom
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
