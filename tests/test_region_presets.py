@@ -235,7 +235,7 @@ def test_mmseg_dice_itself(naive):
 
     def original(logits, target, use_sigmoid, rule, weights):
         if logits.shape[1] == 1:
-            # For one channel it would take label 0 as the class; heads of mmseg give it so.
+            # It takes label 0 as the class of one channel, unlike mmseg's cross-entropy.
             target = 1 - target
         return losses.DiceLoss(use_sigmoid=use_sigmoid, naive_dice=naive)(logits, target)
 
