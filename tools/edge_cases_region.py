@@ -8,11 +8,8 @@ JDTLosses, which no registry has, is run as it is restated in ``ohem_mm.referenc
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ohem_mm import RegionLoss, reference
+from ohem_mm.bench.peers import submodule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -78,25 +76,6 @@ def ours(**rule: Any) -> Loss:
     return call
 
 
-def submodule(package: str, path: str) -> Any:
-    """A part of a package, without the imports at the top of that package."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(package)
-    folder = Path(next(iter(spec.submodule_search_locations)), *path.split("."))
-    package_file = folder / "__init__.py"
-    found = importlib.util.spec_from_file_location(
-        f"{package}.{path}",
-        package_file if package_file.exists() else folder.with_suffix(".py"),
-        submodule_search_locations=[str(folder)] if package_file.exists() else None,
-    )
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    return module
-
-
 def smp() -> Loss:
     """DiceLoss of segmentation_models_pytorch."""
     kind = submodule("segmentation_models_pytorch", "losses").DiceLoss
@@ -121,13 +100,16 @@ def monai() -> Loss:
 
 
 def nnunet() -> Loss:
-    """MemoryEfficientSoftDiceLoss of nnU-Net with batch_dice, plus 1; ignored pixels in its mask."""
+    """MemoryEfficientSoftDiceLoss of nnU-Net, with batch_dice and a mask, plus 1."""
     kind = submodule("nnunetv2", "training.loss.dice").MemoryEfficientSoftDiceLoss
 
     def call(logits: Tensor, target: Tensor) -> Tensor:
         one = logits.shape[1] == 1
         loss = kind(
-            torch.sigmoid if one else lambda z: z.softmax(1), batch_dice=True, smooth=1e-5, ddp=False
+            torch.sigmoid if one else lambda z: z.softmax(1),
+            batch_dice=True,
+            smooth=1e-5,
+            ddp=False,
         )
         keep = (target != 255)[:, None]
         labels = torch.where(keep, target[:, None], 0)
