@@ -11,7 +11,15 @@ try:
 except ImportError:  # plain PyTorch: nothing to register in
     pass
 else:
-    from . import hooks, optim  # noqa: F401  (registers them)
+    # Registers them, and lets a config name the hooks as it may the loss: type="ohem_mm.NAME".
+    from . import optim  # noqa: F401
+    from .hooks import (  # noqa: F401
+        ChannelsLastHook,
+        FusedOhemHook,
+        OhemMonitorHook,
+        OhemScheduleHook,
+        OhemVisualizationHook,
+    )
 
     # The root registry, so that every OpenMMLab scope finds it. Reloading the module is harmless.
     if OhemCrossEntropyLoss.__name__ not in MODELS.module_dict:
