@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import nn
 from ohem_mm import OhemCrossEntropyLoss, cli
 from ohem_mm.hooks.fused import _fused_function
 
-__all__ = ["FINDINGS", "Batch", "Finding", "Inspector", "Row"]
+__all__ = ["FINDINGS", "Batch", "Finding", "Inspector", "Row", "check", "sentence"]
 
 OURS, MMSEG, SAMPLER = "OhemCrossEntropyLoss", "OhemCrossEntropy", "OHEMPixelSampler"
 # These hooks act on our loss alone.
@@ -41,6 +42,8 @@ OTHER_HEADS = {
     ),
     "VPDDepthHead": ("predicts depth, not classes", "keep the loss that it is made for"),
 }
+# Findings with which no training gets past its first batch.
+FATAL = ("unknown-type", "other-head", "bad-setting", "always-keep", "class-weight")
 SEVERITIES = ("error", "warning", "note")
 
 # Name of a finding: how bad it is, what is the matter, what to do.
@@ -674,6 +677,28 @@ class Inspector:
                 inside = ", ".join(f"{lost.count(name)} {name}" for name in dict.fromkeys(lost))
                 inside = inside and f" ({inside})"
                 self._add("lost", key, key=key, inside=inside, meant=meant)
+
+
+def check(cfg: Any) -> None:
+    """Look at a config before it is trained.
+
+    Errors and warnings go to stderr, once for all ranks.
+
+    Raises:
+        UserError: The training would stop at its start, or at its first batch.
+    """
+    found = Inspector(cfg).findings
+    for finding in found:
+        text = f"{finding.where}: {sentence(finding.what)} Remedy: {sentence(finding.remedy)}"
+        if finding.code in FATAL:
+            raise cli.UserError(text)
+        if finding.severity != "note" and cli.is_first_rank():
+            print(f"warning: {text}", file=sys.stderr)
+
+
+def sentence(text: str) -> str:
+    """A text with its full stop, unless it ends already."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 # --- reading configs -------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_mistakes_end_in_one_sentence(tool, tmp_path, checkpoint):
         torch.save(changed, tmp_path / "bad.pth")
         code, _, err = tool(OHEM, "bad.pth")
         assert code == 2
-        assert err.splitlines()[-1].startswith("error: bad.pth does not fit the model: ")
+        assert err.splitlines()[-1].startswith("error: the checkpoint 'bad.pth' does not fit")
         assert message in err
 
 

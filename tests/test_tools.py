@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config, DictAction
 from mmengine.logging import HistoryBuffer
 
-from ohem_mm import cli
+from ohem_mm import cli, inspection
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
@@ -191,6 +191,116 @@ def test_missing_checkpoint_lists_what_is_there(tool):
     code, message = tool("test", OHEM, "iter_9.pth")
     assert code == 2
     assert message == "error: there is no checkpoint 'iter_9.pth'; that folder has: iter_8.pth\n"
+
+
+def test_settings_that_fail_at_the_first_batch_are_refused(tool):
+    loss = "model.decode_head.loss_decode"
+    for option, expected in (
+        (f"{loss}.always_keep=[17]", "always_keep names class 17, but there are 10 classes. "),
+        (f"{loss}.class_weight=[1,2,3]", "class_weight has 3 entries, but there are 10 classes. "),
+        (f"{loss}.type=OhemCrossEntropyLos", "did you mean 'OhemCrossEntropyLoss'"),
+        ("custom_hooks=[dict(type=FusedOhemHok)]", "did you mean 'FusedOhemHook'?"),
+        ("custom_hooks=[FusedOhemHook]", "custom_hooks.0 is 'FusedOhemHook', and must be a dict"),
+    ):
+        code, message = tool("train", OHEM, "--cfg-options", option)
+        assert code == 2
+        assert one_sentence(message)
+        assert expected in message
+    assert not Path("work_dirs").exists()
+
+
+def test_double_mining_is_said(capsys):
+    sampler = "model.decode_head.sampler=dict(type=OHEMPixelSampler, thresh=0.7)"
+    inspection.check(load(OHEM, sampler))
+    err = capsys.readouterr().err
+    assert "warning: decode_head.sampler: OHEMPixelSampler picks pixels, and Ohem" in err
+    assert "again among all of them. Remedy: delete the sampler.\n" in err
+    inspection.check(load(OHEM))
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_are_no_configs(tool):
+    Path("README.md").write_text("# Hello")
+    Path("broken.py").write_text("model = dict(")
+    Path("typo.py").write_text("model = dict(a=b)")
+    for name in ("README.md", "broken.py", "typo.py"):
+        code, message = tool("train", name)
+        assert code == 2
+        assert one_sentence(message)
+        assert f"{name} is no config: " in message
+
+
+def test_work_dirs_that_cannot_be(tool):
+    Path("file").touch()
+    for folder in ("file", "file/below"):
+        code, message = tool("train", OHEM, "--work-dir", folder)
+        assert code == 2
+        assert one_sentence(message)
+        assert f"the work dir '{folder}' cannot be written to (" in message
+
+
+def test_work_dirs_that_are_in_use(capsys):
+    cfg = Config({"work_dir": "w"})
+    cli.check_work_dir(cfg)
+    assert capsys.readouterr().err == ""
+    Path("w/iter_10.pth").touch()
+    cli.check_work_dir(cfg)
+    assert "warning: 'w' has checkpoints of an earlier run (iter_10.pth), which will be mixed" in (
+        capsys.readouterr().err
+    )
+    cli.check_work_dir(Config({"work_dir": "w", "resume": True}))
+    assert capsys.readouterr().err == ""
+    # A lock holds against other processes, not against this one.
+    code = "from ohem_mm import cli; cli.check_work_dir(cli.Config({'work_dir': 'w'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "warning: another process trains in 'w' now" in done.stderr
+
+
+def test_two_checkpoints_are_kept():
+    assert load(OHEM).default_hooks.checkpoint.max_keep_ckpts == 1
+    for asked, kept in ((1, 2), (3, 3), (-1, -1)):
+        cfg = load(OHEM, f"default_hooks.checkpoint.max_keep_ckpts={asked}")
+        cli.keep_two_checkpoints(cfg)
+        assert cfg.default_hooks.checkpoint.max_keep_ckpts == kept
+    cli.keep_two_checkpoints(Config({"default_hooks": {"checkpoint": None}}))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_ends_in_a_sentence(capsys):
+    assert cli.run(lambda: Path("/dev/full").write_text("x")) == 2
+    message = capsys.readouterr().err
+    assert one_sentence(message)
+    assert "the disk is full" in message
+    with pytest.raises(FileNotFoundError):  # any other is not the user's
+        cli.run(lambda: Path("nowhere/x").write_text("x"))
+
+
+@pytest.mark.parametrize("content", ["", "half a checkpoint"])
+def test_checkpoints_that_cannot_be_read(tool, content):
+    Path("x.pth").write_text(content)
+    code, message = tool("train", OHEM, "--cfg-options", "load_from=x.pth")
+    assert code == 2
+    assert one_sentence(message)
+    assert "the checkpoint 'x.pth' " in message
+
+
+def test_testing_with_the_checkpoint_of_another_model(tool):
+    torch.save({"state_dict": {"backbone.x": torch.zeros(1)}, "meta": {}}, "other.pth")
+    code, message = tool("test", OHEM, "other.pth", "--cfg-options", *SMALL_TEST)
+    assert code == 2
+    assert message.endswith("\n")
+    assert (
+        "error: the checkpoint 'other.pth' does not fit the model: it has no backbone." in message
+    )
+
+
+def test_resuming_from_the_checkpoint_of_another_model(tool):
+    Path("w").mkdir()
+    state = {"state_dict": {"backbone.x": torch.zeros(1)}, "meta": {"iter": 3, "epoch": 0}}
+    torch.save(state, "w/iter_3.pth")
+    code, message = tool("train", OHEM, "--resume", "--work-dir", "w")
+    assert code == 2
+    assert "error: the checkpoint 'w/iter_3.pth' does not fit the model: it has no back" in message
 
 
 def test_resume_from_a_checkpoint_that_was_deleted(tool):

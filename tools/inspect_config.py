@@ -25,7 +25,7 @@ try:
     from rich.markup import escape
     from rich.table import Table
 
-    from ohem_mm.inspection import Inspector
+    from ohem_mm.inspection import Inspector, sentence
 except ImportError as error:
     print(f"error: {error}; install it with: pip install 'ohem-mm[mmseg,bench]'", file=sys.stderr)
     raise SystemExit(2) from None
@@ -67,17 +67,12 @@ def _show(report: Inspector, console: Console) -> None:
     console.print(table)
     for severity, code, where, what, remedy in report.findings:
         console.print(
-            f"[{COLOURS[severity]}]{severity}[/] {code}: {escape(where)}: {escape(_ended(what))} "
-            f"[italic]Remedy: {escape(_ended(remedy))}[/]",
+            f"[{COLOURS[severity]}]{severity}[/] {code}: {escape(where)}: {escape(sentence(what))} "
+            f"[italic]Remedy: {escape(sentence(remedy))}[/]",
             highlight=False,
         )
     if not report.findings:
         console.print("Nothing to find fault with.")
-
-
-def _ended(text: str) -> str:
-    """A sentence with its full stop, unless it ends already."""
-    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _number(value: float | None) -> str:

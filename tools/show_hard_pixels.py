@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ohem_mm import OhemCrossEntropyLoss, cli
+from ohem_mm.checkpoints import load_weights
 from ohem_mm.visualization import (
     MINED,
     ClassCounts,
@@ -47,7 +48,7 @@ try:
     from mmengine.device import get_device
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
-    from mmengine.runner import CheckpointLoader, Runner
+    from mmengine.runner import Runner
     from PIL import Image
     from rich.console import Console
     from rich.progress import track
@@ -105,20 +106,8 @@ def build_model(cfg: Config, checkpoint: str) -> torch.nn.Module:
     Raises:
         UserError: The checkpoint does not fit the model.
     """
-    cli.allow_mmengine_checkpoints()
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    state = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-    try:
-        missing = model.load_state_dict(state.get("state_dict", state), strict=False).missing_keys
-    except RuntimeError as error:
-        raise cli.UserError(
-            f"{checkpoint} does not fit the model: {str(error).splitlines()[1].strip()}"
-        ) from error
-    if missing:
-        raise cli.UserError(
-            f"{checkpoint} does not fit the model: it has no {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+    load_weights(model, checkpoint)
     return model.to(get_device()).eval()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 # core of the one they wait for; OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ohem_mm import cli
+from ohem_mm import checkpoints, cli
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -96,7 +96,9 @@ def main() -> None:
     cli.check_datasets(cfg, ("test",))
     if args.tta:
         apply_tta(cfg)
-    cli.build_runner(cfg).test()
+    runner = cli.build_runner(cfg)
+    checkpoints.load_weights(runner.model, args.checkpoint)
+    runner.test()
 
 
 if __name__ == "__main__":
