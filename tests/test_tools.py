@@ -572,6 +572,30 @@ def test_launchers_say_how_they_are_used(script):
     assert done.stderr.startswith("usage: ")
 
 
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+def test_launchers_refuse_what_cannot_be(script):
+    positional = ["config"] if script == "dist_train.sh" else ["config", "checkpoint"]
+
+    def refused(gpus, **extra):
+        done = subprocess.run(
+            ["bash", config_path(f"tools/{script}"), *positional, gpus],
+            env={**os.environ, **extra},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert one_sentence(done.stderr)
+        return done.stderr
+
+    for gpus in ("0", "abc", "-1", "2.5"):
+        assert f"GPUS is '{gpus}'" in refused(gpus)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert f"port {port} is in use" in refused("2", PORT=port)
+
+
 def test_without_mmengine_the_tools_say_what_to_install():
     code = "import sys; sys.modules['mmengine'] = None; import ohem_mm.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
