@@ -539,14 +539,10 @@ def check_work_dir(cfg: Config) -> None:
     if not is_first_rank():
         return
     found = sorted(path.name for path in folder.glob("*.pth"))
-    try:
-        import fcntl
-    except ImportError:  # Windows has other locks
-        pass
-    else:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with contextlib.suppress(ImportError):  # Windows has other locks
+        from ohem_mm.bench.records import lock
+
+        if not lock(file, wait=False):
             print(
                 f"warning: another process trains in {cfg.work_dir!r} now, and the two overwrite "
                 "each other's checkpoints; choose another folder with --work-dir",

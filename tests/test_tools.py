@@ -335,6 +335,7 @@ def test_launcher_without_torchrun(monkeypatch):
         ),
         ("optim_wraper.optimizer.lr=1", "the config has no 'optim_wraper'; did you mean"),
         ("work_dirs=x", "did you mean 'work_dir'?"),
+        ("param_schedulers=x", "did you mean 'param_scheduler'?"),
         (
             "param_scheduler.2.begin=3",
             "param_scheduler is a list, so '2' must be an index from 0 to 1",
@@ -354,6 +355,13 @@ def test_option_without_a_value(capsys):
     with pytest.raises(SystemExit, match="2"):
         load(CE, "train_cfg.max_iters")
     assert "expected KEY=VALUE, got 'train_cfg.max_iters'" in capsys.readouterr().err
+
+
+def test_the_tools_do_not_pass_on_what_mmseg_lacks():
+    code = f"from ohem_mm import cli; cli.load_config(cli.argparse.Namespace(config={CE!r}, "
+    code += "cfg_options={}, launcher='none', local_rank=0, work_dir=None))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_new_keys_are_allowed_and_odd_ones_are_reported(capsys):
