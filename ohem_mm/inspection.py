@@ -426,37 +426,38 @@ class Inspector:
         except (TypeError, ValueError, OSError, ImportError) as error:
             self._inert("bad-setting", row, problem=str(error).rstrip("."))
             return None
-        row.thresh, row.min_kept, row.pool = ours.thresh, ours.min_kept, ours.pool
-        per_image = ours.min_kept_per == "image"
-        self._count(row, per_image and ours.pool in ("batch", "world"))
-        row.divisor = f"{ours.avg} pixels" if ours.reduction == "mean" else ours.reduction
-        if ours.weighted_mean and ours.class_weight is not None:
-            row.divisor = f"weights of {ours.avg} pixels"
+        rule = ours.rule
+        row.thresh, row.min_kept, row.pool = rule.thresh, rule.min_kept, rule.pool
+        per_image = rule.min_kept_per == "image"
+        self._count(row, per_image and rule.pool in ("batch", "world"))
+        row.divisor = f"{rule.avg} pixels" if ours.reduction == "mean" else ours.reduction
+        if rule.weighted_mean and ours.class_weight is not None:
+            row.divisor = f"weights of {rule.avg} pixels"
         if ours.ignore_index is not None:
             row.ignore_index = ours.ignore_index
         elif head.places and "FusedOhemHook" not in self.hooks:
             row.ignore_index = 255  # these heads do not tell their losses
 
-        if ours.habits.zero_keeps_all and not ours.min_kept:
+        if rule.habits.zero_keeps_all and not rule.min_kept:
             row.mines = "off"
-        elif row.unit == "valid" and ours.min_kept == 1:
-            if ours.thresh is None:
+        elif row.unit == "valid" and rule.min_kept == 1:
+            if rule.thresh is None:
                 row.mines = "off"
             else:
                 self._inert("thresh-idle", row, reason="min_kept=1.0 keeps every valid pixel")
-        elif ours.thresh is None and not ours.min_kept and not ours.always_keep:
+        elif rule.thresh is None and not rule.min_kept and not rule.always_keep:
             self._inert("keeps-nothing", row)
         else:
             self._check_rule(row)
-            if not ours.min_kept:
+            if not rule.min_kept:
                 self._add("no-floor", row.where)
-        if row.unit != "valid" and ours.min_kept == 1:
+        if row.unit != "valid" and rule.min_kept == 1:
             self._add("one-pixel", row.where)
-        if per_image and (row.unit == "valid" or ours.pool in ("image", "class")):
-            self._add("unit-idle", row.where, pool=ours.pool)
+        if per_image and (row.unit == "valid" or rule.pool in ("image", "class")):
+            self._add("unit-idle", row.where, pool=rule.pool)
         if head.num_classes is not None:
             num_classes = max(2, head.num_classes)
-            for cls in ours.always_keep:
+            for cls in rule.always_keep:
                 if cls >= num_classes:
                     self._add("always-keep", row.where, cls=cls, num_classes=num_classes)
         if head.channels == 1 and not ours.use_sigmoid:
@@ -469,7 +470,7 @@ class Inspector:
         elif ours.reduction == "sum":
             effect = "the gradient then grows with the number of pixels"
             self._add("reduction", row.where, reduction="sum", effect=effect)
-        elif ours.avg == "all" and row.mines == "yes":
+        elif rule.avg == "all" and row.mines == "yes":
             self._add("scaled-gradient", row.where, who="avg='all'")
         return ours
 
