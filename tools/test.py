@@ -82,6 +82,8 @@ def main() -> None:
     """Test."""
     args = parse_args()
     cfg = cli.load_config(args)
+    from ohem_mm.datasets import labels  # needs mmseg, which has been looked for now
+
     for key in ("test_dataloader", "test_evaluator", "test_cfg"):
         if cfg.get(key) is None:
             raise cli.UserError(f"the config has no {key}, so there is nothing to test on")
@@ -98,7 +100,11 @@ def main() -> None:
         apply_tta(cfg)
     runner = cli.build_runner(cfg)
     checkpoints.load_weights(runner.model, args.checkpoint)
-    runner.test()
+    try:
+        runner.test()
+    except Exception as error:
+        labels.explain(cfg, ("test",), error)
+        raise
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def main() -> None:
     """Train."""
     args = parse_args()
     cfg = cli.load_config(args)
+    from ohem_mm.datasets import labels  # needs mmseg, which has been looked for now
+
     if args.amp:
         cli.use_amp(cfg)
     if args.channels_last:
@@ -71,12 +73,17 @@ def main() -> None:
     if cfg.get("load_from") and cli.is_local(cfg.load_from):
         checkpoints.read(cfg.load_from)
     cli.check_datasets(cfg, ("train", "val"))
+    labels.check_labels(cfg)
     cli.check_work_dir(cfg)
     cli.keep_two_checkpoints(cfg)
     runner = cli.build_runner(cfg)
     if cfg.get("resume") and cfg.get("load_from"):
         checkpoints.check_resume(cfg, runner.model, cfg.load_from)
-    runner.train()
+    try:
+        runner.train()
+    except Exception as error:
+        labels.explain(cfg, ("train", "val"), error)
+        raise
 
 
 if __name__ == "__main__":
