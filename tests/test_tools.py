@@ -758,3 +758,72 @@ def test_a_rank_without_valid_pixels_neither_hangs_nor_spoils_the_run(tmp_path):
     for name, value in parameters[0].items():
         assert value.isfinite().all(), name
         assert torch.equal(value, parameters[1][name]), name
+
+
+LATE = """
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from ohem_mm import cli
+
+
+def main():
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    for _ in range(3):
+        model(torch.randn(2, 4)).sum().backward()
+    dist.broadcast(torch.zeros(3), 0)
+    if dist.get_rank() == 1:
+        time.sleep(2)
+    print(f"rank {dist.get_rank()} is done at {time.time():.3f}")
+
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_leave_together():
+    """gloo aborts now and then where a rank leaves early, after all work is done."""
+    Path("late.py").write_text(LATE)
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "late.py"],
+                env=environment(RANK=rank, **meet),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        for number, rank in enumerate(ranks):
+            out, err = rank.communicate(timeout=120)
+            assert rank.returncode == 0, err
+            assert "terminate called" not in err
+            # What was printed just before the end is not lost in a buffer.
+            assert out.startswith(f"rank {number} is done at ")
+
+
+def test_the_end_of_a_gloo_run(monkeypatch, capsys):
+    """In this order: wait for the others, leave the group, clean up, end without C++'s clean-up."""
+    calls = []
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(cli.dist, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(cli.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(cli.atexit, "_run_exitfuncs", lambda: calls.append("clean up"))
+    monkeypatch.setattr(cli.os, "_exit", lambda code: calls.append(code))
+    monkeypatch.setattr(cli.dist, "get_backend", lambda: "gloo")
+    cli.run(lambda: calls.append("work"))
+    assert calls == ["work", "barrier", "destroy_process_group", "clean up", 0]
+    calls.clear()
+    monkeypatch.setattr(cli.dist, "get_backend", lambda: "nccl")
+    assert cli.run(lambda: calls.append("work")) == 0
+    assert calls == ["work", "barrier", "destroy_process_group"]
