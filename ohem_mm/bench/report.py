@@ -342,7 +342,7 @@ def write(file: Path, name: str, text: str) -> None:
     """
     start, end = MARKS[0].format(name), MARKS[1]
     if not file.is_file():
-        raise cli.UserError(f"there is no page {str(file)!r} to put the report into")
+        raise UserError(f"there is no page {str(file)!r} to put the report into")
     content = file.read_text()
     head, found, rest = content.partition(start)
     _, closed, tail = rest.partition(end)
