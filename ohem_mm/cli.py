@@ -7,11 +7,18 @@ The checks run before anything is built. A mistake that a user can make ends in 
 from __future__ import annotations
 
 import argparse
+import ast
+import atexit
+import contextlib
 import difflib
+import errno
+import gc
 import importlib.util
 import inspect
+import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +45,7 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 __all__ = [
+    "ConfigOptions",
     "UserError",
     "add_common_arguments",
     "add_config_options",
@@ -50,8 +58,13 @@ __all__ = [
     "check_hooks",
     "check_losses",
     "check_pretrained",
+    "check_work_dir",
+    "is_first_rank",
+    "is_local",
     "iter_dicts",
+    "keep_two_checkpoints",
     "load_config",
+    "parse_value",
     "run",
     "type_name",
     "use_amp",
@@ -61,19 +74,53 @@ __all__ = [
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run a tool's ``main`` and return its exit code: 2, and a sentence, after a user's mistake."""
+    """Run a tool's ``main`` and return its exit code: 2, and a sentence, after a user's mistake.
+
+    A rank of a gloo group does not return when all is well: its process ends here, with 0.
+    """
     try:
         main()
-    except (UserError, UnknownConfigError) as error:
+    except (UserError, UnknownConfigError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and not isinstance(error, UnknownConfigError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = (
+                f"the disk is full ({error}); free some space and start the same command again, "
+                "training with --resume: it goes on from the last whole checkpoint"
+            )
         # All ranks meet the same mistake. The launcher ends the others when the first one
         # exits, so waiting here leaves one sentence on the screen instead of one per rank.
         if int(os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", 0))) > 0:
             time.sleep(5)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        _leave_together()
     return 0
+
+
+def _leave_together() -> None:
+    """End the process group, and with gloo this process.
+
+    Where one rank leaves while another still talks to it, a thread of gloo can outlive the group,
+    and the C++ runtime then aborts the process at its exit ("terminate called without an active
+    exception"), after all work is done. So the ranks wait for each other, and the process ends
+    after Python's own clean-up, without that of the C++ libraries.
+    """
+    gc.collect()  # DistributedDataParallel, in cycles of the runner, holds the group
+    backend = str(dist.get_backend())
+    dist.barrier()
+    dist.destroy_process_group()
+    if "gloo" not in backend:
+        return
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()  # writers of logs, data workers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _key_value(text: str) -> str:
@@ -83,6 +130,89 @@ def _key_value(text: str) -> str:
     return text
 
 
+class ConfigOptions(DictAction):  # type: ignore[misc]
+    """mmengine's ``--cfg-options``, which takes paths with blanks and dicts as well.
+
+    mmengine removes every blank. Here only those around an element go, and a value in quotes of
+    its own (``data_root="'a, b'"``) is taken as it is.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse the values of one ``--cfg-options`` and add them to those before."""
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values or ():
+            key, _, text = pair.partition("=")
+            try:
+                options[key] = parse_value(text)
+            except ValueError as error:
+                parser.error(f"--cfg-options {key}: {error}")
+        setattr(namespace, self.dest, options)
+
+
+def parse_value(text: str) -> Any:
+    """The value that a text on the command line stands for.
+
+    Args:
+        text: A number, ``true``, ``None``, a bare word or path; ``[a,b]``, ``a,b`` or ``(a,b)``;
+            ``dict(type=X,n=3)``, as configs write it, or ``{'type': 'X'}``. All may be nested.
+
+    Raises:
+        ValueError: A bracket is left open, or a dict is none.
+    """
+    text = text.strip()
+    if len(text) > 1 and text[0] in "'\"" and text[1:].find(text[0]) == len(text) - 2:
+        inner = text[1:-1].strip()
+        # Some shells leave the quotes of key="[a,b]" to the program.
+        return parse_value(inner) if inner.startswith(("[", "(")) else text[1:-1]
+    if text.startswith("{"):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{text!r} is not a dict") from None
+    if text.startswith("dict(") and text.endswith(")"):
+        pairs = [part.partition("=") for part in _split(text[5:-1])]
+        if not all(key.strip().isidentifier() and equals for key, equals, _ in pairs):
+            raise ValueError(f"{text!r} is not a dict: write dict(type=NAME, key=value)")
+        return {key.strip(): parse_value(value) for key, _, value in pairs}
+    parts = _split(text)
+    if parts == [text] and text[:1] in ("[", "("):
+        if text[-1] != {"[": "]", "(": ")"}[text[0]]:
+            raise ValueError(f"{text!r} opens a bracket that it does not close")
+        values = [parse_value(part) for part in _split(text[1:-1])]
+        return values if text[0] == "[" else tuple(values)
+    if parts != [text]:
+        return [parse_value(part) for part in parts]
+    return DictAction._parse_int_float_bool(text)
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that lie in no brackets and no quotes."""
+    parts, depth, quote, begin = [], 0, "", 0
+    before = ","
+    for place, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and before in ",=:([{":  # an apostrophe inside a word is none
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append(text[begin:place])
+            begin = place + 1
+        before = before if char == " " else char
+    if text[begin:].strip():
+        parts.append(text[begin:])
+    return parts if depth == 0 and not quote else [text]
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``, for tools that read a config and run in one process."""
     parser.add_argument(
@@ -90,7 +220,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default={},
         type=_key_value,
-        action=DictAction,
+        action=ConfigOptions,
         metavar="KEY=VALUE",
         help="change settings of the config: model.decode_head.num_classes=12, a list as "
         'key="[a,b]" or key=a,b, an element of a list as model.auxiliary_head.0.channels=64. '
@@ -123,10 +253,14 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     path = config_path(args.config)
+    _import_mmseg()
     try:
         cfg = Config.fromfile(path)
     except ImportError as error:
         raise UserError(f"{path} imports a module that cannot be loaded: {error}") from error
+    except Exception as error:  # a config is code, and that can fail in any way
+        reason = " ".join(str(error).split()) or "nothing more is known"
+        raise UserError(f"{path} is no config: {type(error).__name__}: {reason}") from error
     if cfg.get("default_scope") == "mmseg" and importlib.util.find_spec("mmseg") is None:
         raise UserError(
             "this config needs mmsegmentation; install it with: pip install 'ohem-mm[mmseg]'"
@@ -138,6 +272,12 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs") / path.stem)
     return cfg
+
+
+def _import_mmseg() -> None:
+    """Import mmseg, where it is installed, without what it prints about packages that it lacks."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError, RuntimeError):
+        import mmseg.datasets  # noqa: F401
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -217,7 +357,7 @@ def _check_option(cfg: Config, key: str) -> None:
                 if part in known:
                     return
             # One letter too few or too many; class_weight and loss_weight are further apart.
-            close = difflib.get_close_matches(part, known, cutoff=0.88)
+            close = difflib.get_close_matches(part, sorted({*known}), cutoff=0.88)
             slip = f"--cfg-options {key}: {where} has no {part!r}"
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             # A new setting of an existing dict may well be meant; a new branch that looks
@@ -288,6 +428,10 @@ def check_hooks(cfg: Config) -> None:
     from ohem_mm import hooks
 
     for place, node in enumerate(cfg.get("custom_hooks") or ()):
+        if isinstance(node, str):
+            raise UserError(
+                f"custom_hooks.{place} is {node!r}, and must be a dict: dict(type={node!r})"
+            )
         kind = getattr(hooks, type_name(node), None) if isinstance(node, dict) else None
         if kind is not None:
             ours = node.keys() - {"type", "_scope_", "priority"}
@@ -307,7 +451,7 @@ def check_pretrained(cfg: Config) -> None:
     for path, node in iter_dicts(cfg.get("model"), "model"):
         for key in ("pretrained", "checkpoint", "checkpoint_path"):
             file = node.get(key)
-            if isinstance(file, str) and file and _is_local(file) and not Path(file).is_file():
+            if isinstance(file, str) and file and is_local(file) and not Path(file).is_file():
                 message = f"{path}.{key}: the weights {file!r} do not exist"
                 converters = _tool_folder("model_converters")
                 for converter in sorted(converters.glob("*.py")):
@@ -322,7 +466,7 @@ def check_checkpoint(file: str) -> None:
     Raises:
         UserError: It does not; the message lists the checkpoints that lie in its folder.
     """
-    if _is_local(file) and not Path(file).expanduser().is_file():
+    if is_local(file) and not Path(file).expanduser().is_file():
         found = sorted(str(path) for path in Path(file).expanduser().parent.glob("*.pth"))
         hint = f"; that folder has: {', '.join(found)}" if found else ""
         raise UserError(f"there is no checkpoint {file!r}{hint}")
@@ -372,6 +516,64 @@ def use_channels_last(cfg: Config) -> None:
         cfg.custom_hooks = [*hooks, {"type": "ChannelsLastHook"}]
 
 
+def is_first_rank() -> bool:
+    """Whether this is the first of all processes, known before they have met."""
+    return int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", 0))) == 0
+
+
+def check_work_dir(cfg: Config) -> None:
+    """Make the work directory, and say when another run is in it.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    folder = Path(cfg.work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Locks end with the process, however it ends, so the file may stay.
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"the work dir {cfg.work_dir!r} cannot be written to ({error.strerror}); choose "
+            "another one with --work-dir"
+        ) from error
+    if not is_first_rank():
+        return
+    found = sorted(path.name for path in folder.glob("*.pth"))
+    with contextlib.suppress(ImportError):  # Windows has other locks
+        from ohem_mm.bench.records import lock
+
+        if not lock(file, wait=False):
+            print(
+                f"warning: another process trains in {cfg.work_dir!r} now, and the two overwrite "
+                "each other's checkpoints; choose another folder with --work-dir",
+                file=sys.stderr,
+            )
+            return
+        _OPEN.append(file)
+    if found and not cfg.get("resume"):
+        print(
+            f"warning: {cfg.work_dir!r} has checkpoints of an earlier run ({', '.join(found)}), "
+            "which will be mixed with those of this one; --resume goes on from the last, "
+            "--work-dir chooses another folder",
+            file=sys.stderr,
+        )
+
+
+_OPEN: list[Any] = []  # files that are locked for as long as this process lives
+
+
+def keep_two_checkpoints(cfg: Config) -> None:
+    """Keep two checkpoints where the config keeps one.
+
+    mmengine deletes the oldest before it writes the next, so with one a kill between the two loses
+    all. The configs stay as they are: their hashes stand in the records of the benchmarks.
+    """
+    checkpoint = (cfg.get("default_hooks") or {}).get("checkpoint")
+    if checkpoint and checkpoint.get("max_keep_ckpts") == 1:
+        checkpoint["max_keep_ckpts"] = 2
+
+
 def check_amp_device(cfg: Config) -> None:
     """Check that mixed precision, where the config asks for it, has a device.
 
@@ -407,10 +609,10 @@ def check_datasets(cfg: Config, splits: Sequence[str]) -> None:
             prefixes = dict(node.get("data_prefix") or {})
             folders = [root, *(os.path.join(root, str(prefix)) for prefix in prefixes.values())]
             for folder in filter(None, folders):
-                if _is_local(folder):
+                if is_local(folder):
                     _check_folder(node, root, folder)
             ann_file = node.get("ann_file")
-            if ann_file and _is_local(ann_file):
+            if ann_file and is_local(ann_file):
                 ann_path = Path(root, ann_file)
                 if not ann_path.exists():
                     raise UserError(f"the list {str(ann_path)!r} of {path} does not exist")
@@ -463,7 +665,8 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether a path is one of this machine, not an address."""
     return "://" not in path and not path.startswith("s3:")
 
 

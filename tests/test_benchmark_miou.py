@@ -317,7 +317,7 @@ def test_report_says_when_runs_are_not_paired(records, key, value, words):
 def test_report_says_which_runs_were_resumed(records):
     records[-1].update(resumed=[5], batches=[])
     text = tiny_report(records)
-    assert "order of the images. 1 of the runs were interrupted and resumed." in text
+    assert "order of the images. 1 of the runs was interrupted and resumed." in text
 
 
 def test_report_without_the_baseline(records):
@@ -380,6 +380,15 @@ def test_report_is_written_between_its_marks():
         assert path.read_text() == page.replace("old", "new")
     with pytest.raises(cli.UserError, match=r"page\.md has no block from '<!-- report: x -->'"):
         report.write(path, "x", "new\n")
+    with pytest.raises(cli.UserError, match=r"^there is no page 'nowhere\.md' to put the report"):
+        report.write(Path("nowhere.md"), "tiny", "new\n")
+
+
+def test_a_benchmark_file_that_is_not_there():
+    with pytest.raises(cli.UserError, match=r"^no benchmark file is called 'nosuch'; those") as no:
+        files.load_benchmark("nosuch")
+    assert "quickstart/benchmark.yaml" in str(no.value)
+    assert "metafile" not in str(no.value)
 
 
 def committed_reports():

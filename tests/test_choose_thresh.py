@@ -315,7 +315,7 @@ def test_a_checkpoint_that_does_not_fit(call, tmp_path):
     torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "other.pth")
     code, _, err = call(OHEM, tmp_path / "other.pth")
     assert code == 2
-    assert "does not fit the config" in err
+    assert "does not fit the model" in err
     code, _, err = call(OHEM, tmp_path / "none.pth")
     assert code == 2
     assert "there is no checkpoint" in err

@@ -18,7 +18,6 @@ import itertools
 import math
 import os
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -31,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from ohem_mm import OhemCrossEntropyLoss, cli, ohem_cross_entropy
+from ohem_mm.checkpoints import load_weights
 from ohem_mm.mining import share_of
 
 try:
     from mmengine.device import get_device
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
-    from mmengine.runner import Runner, load_checkpoint, set_random_seed
+    from mmengine.runner import Runner, set_random_seed
     from rich import box
     from rich.console import Console
     from rich.progress import track
@@ -263,14 +263,7 @@ def build_model(cfg: Config, checkpoint: str) -> nn.Module:
     if cfg.get("data_preprocessor"):
         cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    cli.allow_mmengine_checkpoints()
-    try:
-        load_checkpoint(model, checkpoint, map_location="cpu", strict=True, logger="silent")
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise cli.UserError(
-            f"the checkpoint {checkpoint!r} does not fit the config: {reason}"
-        ) from error
+    load_weights(model, checkpoint, to_train=True)
     # Heads take their training path, but nothing is random and no statistic moves.
     model.train()
     for module in model.modules():

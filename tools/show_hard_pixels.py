@@ -15,6 +15,7 @@ import heapq
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from ohem_mm import OhemCrossEntropyLoss, cli
+from ohem_mm.checkpoints import load_weights
 from ohem_mm.visualization import (
     MINED,
     ClassCounts,
@@ -47,7 +49,7 @@ try:
     from mmengine.device import get_device
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
-    from mmengine.runner import CheckpointLoader, Runner
+    from mmengine.runner import Runner
     from PIL import Image
     from rich.console import Console
     from rich.progress import track
@@ -77,7 +79,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument(
         "--out-dir",
-        help="folder for the PNGs and index.html (default: hard_pixels in the work dir)",
+        help="folder for the PNGs and index.html, which replace those of an earlier run (default: "
+        "hard_pixels in the work dir)",
     )
     parser.add_argument("--split", choices=["val", "test", "train"], default="val")
     parser.add_argument(
@@ -105,20 +108,8 @@ def build_model(cfg: Config, checkpoint: str) -> torch.nn.Module:
     Raises:
         UserError: The checkpoint does not fit the model.
     """
-    cli.allow_mmengine_checkpoints()
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    state = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-    try:
-        missing = model.load_state_dict(state.get("state_dict", state), strict=False).missing_keys
-    except RuntimeError as error:
-        raise cli.UserError(
-            f"{checkpoint} does not fit the model: {str(error).splitlines()[1].strip()}"
-        ) from error
-    if missing:
-        raise cli.UserError(
-            f"{checkpoint} does not fit the model: it has no {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+    load_weights(model, checkpoint)
     return model.to(get_device()).eval()
 
 
@@ -189,6 +180,15 @@ def class_rows(counts: ClassCounts, names: list[str], colours: UInt8) -> list[di
     ]
 
 
+def clear_gallery(folder: Path) -> None:
+    """Delete what an earlier run wrote: its pictures may be ones that must not be passed on."""
+    page = folder / "index.html"
+    if page.is_file() and "<title>Hard pixels: " in page.read_text(encoding="utf-8"):
+        for path in folder.glob("*.png"):
+            if re.match(r"\d{3,}_", path.name):
+                path.unlink()
+
+
 def write_gallery(
     folder: Path,
     pictures: list[Picture],
@@ -197,7 +197,7 @@ def write_gallery(
     colours: UInt8,
     text: dict[str, Any],
 ) -> Path:
-    """Write the PNGs and the page.
+    """Write the page and the PNGs, in place of those of an earlier run.
 
     Args:
         folder: Where to.
@@ -211,10 +211,10 @@ def write_gallery(
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    clear_gallery(folder)
     shown = []
-    for rank, picture in enumerate(pictures, 1):
-        file = f"{rank:03d}_{Path(picture.name).stem}.png"
-        Image.fromarray(picture.board).save(folder / file, optimize=True)
+    files = [f"{rank:03d}_{Path(one.name).stem}.png" for rank, one in enumerate(pictures, 1)]
+    for file, picture in zip(files, pictures, strict=True):
         rows = class_rows(picture.counts, names, colours)
         known = {row["index"] for row in rows}
         shown.append(
@@ -251,6 +251,9 @@ def write_gallery(
         ),
         encoding="utf-8",
     )
+    # After the page, which is how the next run knows that they are ours.
+    for file, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture.board).save(folder / file, optimize=True)
     return page
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 # core of the one they wait for; OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ohem_mm import cli
+from ohem_mm import checkpoints, cli
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -82,6 +82,8 @@ def main() -> None:
     """Test."""
     args = parse_args()
     cfg = cli.load_config(args)
+    from ohem_mm.datasets import labels  # needs mmseg, which has been looked for now
+
     for key in ("test_dataloader", "test_evaluator", "test_cfg"):
         if cfg.get(key) is None:
             raise cli.UserError(f"the config has no {key}, so there is nothing to test on")
@@ -96,7 +98,13 @@ def main() -> None:
     cli.check_datasets(cfg, ("test",))
     if args.tta:
         apply_tta(cfg)
-    cli.build_runner(cfg).test()
+    runner = cli.build_runner(cfg)
+    checkpoints.load_weights(runner.model, args.checkpoint)
+    try:
+        runner.test()
+    except Exception as error:
+        labels.explain(cfg, ("test",), error)
+        raise
 
 
 if __name__ == "__main__":

@@ -271,9 +271,7 @@ def _variant_config(
     checkpoint = cfg.default_hooks.get("checkpoint")
     if checkpoint is None:
         raise cli.UserError("default_hooks.checkpoint is missing, and a killed job could not go on")
-    # mmengine deletes the oldest checkpoint before it writes the next one.
-    if 0 < checkpoint.get("max_keep_ckpts", -1) < 2:
-        checkpoint["max_keep_ckpts"] = 2
+    cli.keep_two_checkpoints(cfg)
     if not any(
         cli.type_name(node) == "IoUMetric" for _, node in cli.iter_dicts(cfg.test_evaluator)
     ):

@@ -85,22 +85,34 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
     from mmseg.models.decode_heads import DDRHead, PIDHead
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
+    if not hasattr(head, "loss_decode"):
+        return None, "it has no loss of its own"
     losses = _losses(head)
     method = type(head).loss_by_feat
     if method is PIDHead.loss_by_feat:
         if not all(_fits(losses[place], head) for place in (1, 3)):
             return None, f"its losses 1 and 3 are not both {OhemCrossEntropyLoss.__name__}"
         return _pid_loss, "" if _fits(losses[0], head) else ", but for its loss 0"
-    strangers = [type(loss).__name__ for loss in losses if not _fits(loss, head)]
+    if method not in (DDRHead.loss_by_feat, BaseDecodeHead.loss_by_feat):
+        return None, f"{type(head).__name__} computes its loss in a way of its own"
+    strangers = [
+        type(loss).__name__
+        for loss in losses
+        if not isinstance(loss, OhemCrossEntropyLoss | RegionLoss)
+    ]
     if strangers:
         reason = f"{', '.join(strangers)} needs the upsampled logits"
         if "CrossEntropyLoss" in strangers and any(_fits(loss, head) for loss in losses):
             reason += "; OhemCrossEntropyLoss with thresh=None, min_kept=1.0 does not"
         return None, reason
+    others = [str(loss.ignore_index) for loss in losses if not _fits(loss, head)]
+    if others:
+        return None, (
+            f"acc_seg leaves out the head's ignore_index, {head.ignore_index}, and the loss its "
+            f"own, {', '.join(others)}"
+        )
     if method is DDRHead.loss_by_feat:
         return _ddr_loss, ""
-    if method is not BaseDecodeHead.loss_by_feat:
-        return None, f"{type(head).__name__} computes its loss in a way of its own"
     if head.sampler is not None:
         return None, f"{type(head.sampler).__name__} needs the upsampled logits"
     return _plain_loss, ""
