@@ -11,7 +11,8 @@ pytest.importorskip("mmseg")
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel
 
-from ohem_mm import checkpoints, cli
+from ohem_mm import cli
+from ohem_mm.cli import checkpoints
 
 
 class Net(nn.Module):

@@ -20,8 +20,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from ohem_mm import cli
+from ohem_mm.cli.inspection import FINDINGS, Inspector
 from ohem_mm.hooks.fused import fuse_heads
-from ohem_mm.inspection import FINDINGS, Inspector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``"),

@@ -13,8 +13,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from ohem_mm import cli
+from ohem_mm.cli import labels
 from ohem_mm.config import config_path
-from ohem_mm.datasets import labels
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 CONFIG = f"""

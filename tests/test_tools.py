@@ -23,7 +23,8 @@ from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
-from ohem_mm import cli, inspection
+from ohem_mm import cli
+from ohem_mm.cli import inspection
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"

@@ -25,7 +25,7 @@ try:
     from rich.markup import escape
     from rich.table import Table
 
-    from ohem_mm.inspection import Inspector, sentence
+    from ohem_mm.cli.inspection import Inspector, sentence
 except ImportError as error:
     print(f"error: {error}; install it with: pip install 'ohem-mm[mmseg,bench]'", file=sys.stderr)
     raise SystemExit(2) from None
@@ -86,11 +86,7 @@ def parse_args() -> argparse.Namespace:
         epilog="Exit status: 0 nothing wrong (notes do not count), 1 errors or warnings, 2 the "
         "config cannot be read.",
     )
-    parser.add_argument(
-        "config",
-        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
-        '"python -m ohem_mm.config --list" prints them all',
-    )
+    cli.add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     cli.add_config_options(parser)
     return parser.parse_args()

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ohem_mm import OhemCrossEntropyLoss, cli
-from ohem_mm.checkpoints import load_weights
+from ohem_mm.cli.checkpoints import load_weights
 from ohem_mm.visualization import (
     MINED,
     ClassCounts,

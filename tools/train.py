@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 # core of the one they wait for; OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ohem_mm import checkpoints, cli, inspection
+from ohem_mm import cli
+from ohem_mm.cli import checkpoints, inspection
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train a segmentor.")
-    parser.add_argument(
-        "config",
-        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
-        '"python -m ohem_mm.config --list" prints them all',
-    )
+    cli.add_config_argument(parser)
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
@@ -57,7 +54,7 @@ def main() -> None:
     """Train."""
     args = parse_args()
     cfg = cli.load_config(args)
-    from ohem_mm.datasets import labels  # needs mmseg, which has been looked for now
+    from ohem_mm.cli import labels  # needs mmseg, which has been looked for now
 
     if args.amp:
         cli.use_amp(cfg)

@@ -26,7 +26,7 @@ import torch
 from ohem_mm import cli
 from ohem_mm.bench.provenance import provenance
 from ohem_mm.bench.records import lock, write_json
-from ohem_mm.checkpoints import numbered
+from ohem_mm.cli.checkpoints import numbered
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip

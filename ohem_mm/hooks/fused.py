@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..joint import joint_losses
 from ..loss import OhemCrossEntropyLoss
 from ..region import RegionLoss
-from ._losses import unwrap
+from ._losses import losses_of, unwrap
 
 __all__ = ["FusedOhemHook"]
 
@@ -87,7 +87,7 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
 
     if not hasattr(head, "loss_decode"):
         return None, "it has no loss of its own"
-    losses = _losses(head)
+    losses = losses_of(head)
     method = type(head).loss_by_feat
     if method is PIDHead.loss_by_feat:
         if not all(_fits(losses[place], head) for place in (1, 3)):
@@ -116,11 +116,6 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
     if head.sampler is not None:
         return None, f"{type(head.sampler).__name__} needs the upsampled logits"
     return _plain_loss, ""
-
-
-def _losses(head: Any) -> list[nn.Module]:
-    found = head.loss_decode
-    return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
 def _fits(loss: nn.Module, head: Any) -> bool:
@@ -156,7 +151,7 @@ def _plain_loss(head: Any, seg_logits: Tensor, batch_data_samples: Any) -> Losse
         return whole
     out: Losses = {}
     stats: dict[str, Tensor] = {}
-    losses: Any = _losses(head)
+    losses: Any = losses_of(head)
     values = joint_losses(
         losses,
         seg_logits,

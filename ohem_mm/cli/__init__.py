@@ -48,6 +48,7 @@ __all__ = [
     "ConfigOptions",
     "UserError",
     "add_common_arguments",
+    "add_config_argument",
     "add_config_options",
     "allow_mmengine_checkpoints",
     "apply_options",
@@ -211,6 +212,15 @@ def _split(text: str) -> list[str]:
     if text[begin:].strip():
         parts.append(text[begin:])
     return parts if depth == 0 and not quote else [text]
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the config, as all tools that take one do."""
+    parser.add_argument(
+        "config",
+        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
+        '"python -m ohem_mm.config --list" prints them all',
+    )
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
