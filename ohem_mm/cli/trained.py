@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
@@ -13,6 +16,7 @@ from torch import nn
 
 from ohem_mm import cli
 from ohem_mm.cli.checkpoints import load_weights
+from ohem_mm.visualization import MainLoss, MinedImage, mine_sample
 
 
 def build_model(cfg: Config, checkpoint: str, *, training: bool = False) -> Any:
@@ -90,3 +94,28 @@ def _set_pipeline(dataset: Any, pipeline: Any) -> None:
     for _, node in cli.iter_dicts(dataset):
         if "pipeline" in node:
             node["pipeline"] = pipeline
+
+
+def mined_images(model: Any, loader: Any, main: MainLoss, batch_size: int) -> Iterator[MinedImage]:
+    """Run a model and yield every image with what a loss mines of it.
+
+    Args:
+        model: A segmentor.
+        loader: Of :func:`whole_images`; may be wrapped.
+        main: The loss.
+        batch_size: Of the training; see :func:`ohem_mm.visualization.mine_sample`.
+
+    Raises:
+        UserError: An image has no labels, or ones that do not fit.
+    """
+    for batch in loader:
+        with torch.no_grad():
+            samples = model.test_step(batch)
+        for inputs, sample in zip(batch["inputs"], samples, strict=True):
+            path = sample.metainfo.get("img_path", "image")
+            if "gt_sem_seg" not in sample:
+                raise cli.UserError(f"{path} has no labels, so nothing can be mined on it")
+            try:
+                yield mine_sample(sample, inputs, Path(path).name, main, batch_size)
+            except ValueError as error:
+                raise cli.UserError(f"{path}: {error}") from error
