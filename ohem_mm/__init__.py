@@ -20,7 +20,7 @@ except ImportError:  # plain PyTorch: nothing to register in
     pass
 else:
     # Registers them, and lets a config name the hooks as it may the loss: type="ohem_mm.NAME".
-    from . import optim  # noqa: F401
+    from . import models  # noqa: F401
     from .hooks import (  # noqa: F401
         ChannelsLastHook,
         FusedOhemHook,

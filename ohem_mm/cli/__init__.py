@@ -486,7 +486,7 @@ def use_amp(cfg: Config) -> None:
     """Switch the optimizer wrapper to mixed precision: ``--amp``.
 
     On a GPU that is mmengine's ``AmpOptimWrapper`` (float16 unless the config says otherwise), and
-    elsewhere :class:`ohem_mm.optim.Bf16OptimWrapper`.
+    elsewhere :class:`ohem_mm.models.Bf16OptimWrapper`.
 
     Raises:
         UserError: The config has an optimizer wrapper of another kind.
@@ -505,7 +505,7 @@ def use_amp(cfg: Config) -> None:
 
 
 def use_bf16(cfg: Config) -> None:
-    """Switch the optimizer wrapper to :class:`ohem_mm.optim.Bf16OptimWrapper`, on any device.
+    """Switch the optimizer wrapper to :class:`ohem_mm.models.Bf16OptimWrapper`, on any device.
 
     Raises:
         UserError: The config has an optimizer wrapper of another kind.

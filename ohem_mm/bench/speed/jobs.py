@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ohem_mm.bench.heads import make_samples
 from ohem_mm.bench.speed.problems import (
     TOLERANCE,
     Problem,
@@ -21,7 +22,6 @@ from ohem_mm.bench.speed.providers import (
     PROVIDERS,
     UnavailableError,
     backend,
-    make_samples,
     need_backend,
     need_mmseg,
 )

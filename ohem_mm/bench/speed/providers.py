@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops, reference
+from ohem_mm.bench.heads import bare_head, make_samples
 from ohem_mm.bench.speed.problems import (
     IGNORE,
     SHARE,
@@ -39,7 +40,6 @@ __all__ = [
     "backend",
     "check_formula",
     "choose_providers",
-    "make_samples",
     "need_backend",
     "need_mmseg",
 ]
@@ -131,27 +131,9 @@ def need_mmseg() -> None:
 
 
 def build_head(problem: Problem, loss: Settings, sampler: Settings | None = None) -> Any:
-    """A decode head of mmseg of which only the loss is used."""
+    """A decode head of mmseg for a problem."""
     need_mmseg()
-    from mmseg.models.decode_heads import FCNHead
-
-    return FCNHead(
-        in_channels=1,
-        channels=1,
-        num_convs=0,
-        concat_input=False,
-        num_classes=problem.shape.c,
-        sampler=sampler,
-        loss_decode=loss,
-    ).to(problem.logits.device)
-
-
-def make_samples(labels: Tensor) -> list[Any]:
-    """Labels as mmseg's heads take them."""
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
+    return bare_head(problem.shape.c, loss, sampler=sampler).to(problem.logits.device)
 
 
 def our_loss() -> OhemCrossEntropyLoss:
