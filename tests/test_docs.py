@@ -14,9 +14,9 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from ohem_mm import cli
+from ohem_mm.cli.inspection import Inspector
+from ohem_mm.cli.labels import check_labels
 from ohem_mm.config import config_path
-from ohem_mm.datasets.labels import check_labels
-from ohem_mm.inspection import Inspector
 
 DOCS = Path(__file__).parents[1] / "docs"
 MMSEG = Path(mmseg.__file__).parent / ".mim" / "configs"
