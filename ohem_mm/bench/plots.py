@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 from ohem_mm.bench.report import Results, grid_maps
+from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 
 __all__ = ["plot"]
 
