@@ -9,8 +9,6 @@ from typing import Any
 
 from ohem_mm.errors import need
 
-__all__ = ["COLOURS", "draw_band", "drawing", "save"]
-
 # Okabe and Ito: told apart by colour-blind readers.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 STYLES = ("-", "--", ":")

@@ -1,5 +1,6 @@
 """tools/benchmark_miou.py: benchmark files, records, statistics, and runs that are killed."""
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -605,7 +606,7 @@ def test_config_hash_sees_settings_but_not_places():
     def hashes(**changes):
         settings = {"variants": None, "seeds": None, "cfg_options": {}, "data_root": None}
         settings |= {"jobs": 1, "threads": 1, "launcher": "none", "gpus": 1, "at": None}
-        args = cli.argparse.Namespace(**{**settings, **changes})
+        args = argparse.Namespace(**{**settings, **changes})
         jobs = Plan(bench, args, Path("work")).due([])
         return {job.record["variant"]: job.record["config_hash"] for job in jobs}
 

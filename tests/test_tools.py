@@ -1,3 +1,4 @@
+import argparse
 import importlib.util
 import os
 import pickle
@@ -24,7 +25,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
 from ohem_mm import cli
-from ohem_mm.cli import inspection
+from ohem_mm.cli import checks, configs, inspection, process
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
@@ -59,7 +60,7 @@ def tool(monkeypatch, capsys):
 
 def load(config, *options):
     """Load a config as the tools do."""
-    parser = cli.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("--work-dir")
     cli.add_common_arguments(parser)
@@ -253,7 +254,8 @@ def test_work_dirs_that_are_in_use(capsys):
     cli.check_work_dir(Config({"work_dir": "w", "resume": True}))
     assert capsys.readouterr().err == ""
     # A lock holds against other processes, not against this one.
-    code = "from ohem_mm import cli; cli.check_work_dir(cli.Config({'work_dir': 'w'}))"
+    code = "from mmengine import Config; from ohem_mm import cli; "
+    code += "cli.check_work_dir(Config({'work_dir': 'w'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "warning: another process trains in 'w' now" in done.stderr
 
@@ -314,7 +316,8 @@ def test_resume_from_a_checkpoint_that_was_deleted(tool):
 
 
 def test_amp_without_a_gpu(tool, monkeypatch):
-    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: "cpu")
     options = ["optim_wrapper.type=AmpOptimWrapper"]
     code, message = tool("train", OHEM, "--cfg-options", *options)
     assert code == 2
@@ -324,7 +327,8 @@ def test_amp_without_a_gpu(tool, monkeypatch):
 
 
 def test_mixed_precision_and_channels_last_on_a_cpu(tool, monkeypatch):
-    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: "cpu")
     seen = {}
 
     class Watch(Hook):
@@ -361,7 +365,8 @@ def test_mixed_precision_and_channels_last_on_a_cpu(tool, monkeypatch):
 
 
 def test_launcher_without_torchrun(monkeypatch):
-    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: "cpu")
     with pytest.raises(cli.UserError, match="needs torchrun"):
         cli.build_runner(Config(dict(launcher="pytorch")))
     with pytest.raises(cli.UserError, match="slurm needs GPUs"):
@@ -400,8 +405,9 @@ def test_option_without_a_value(capsys):
 
 
 def test_the_tools_do_not_pass_on_what_mmseg_lacks():
-    code = f"from ohem_mm import cli; cli.load_config(cli.argparse.Namespace(config={CE!r}, "
-    code += "cfg_options={}, launcher='none', local_rank=0, work_dir=None))"
+    code = "import argparse; from ohem_mm import cli; "
+    code += f"cli.load_config(argparse.Namespace(config={CE!r}, cfg_options={{}}, launcher='none', "
+    code += "local_rank=0, work_dir=None))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
 
@@ -856,14 +862,14 @@ def test_the_end_of_a_gloo_run(monkeypatch, capsys):
     """In this order: wait for the others, leave the group, clean up, end without C++'s clean-up."""
     calls = []
     for name in ("barrier", "destroy_process_group"):
-        monkeypatch.setattr(cli.dist, name, lambda name=name: calls.append(name))
-    monkeypatch.setattr(cli.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(cli.atexit, "_run_exitfuncs", lambda: calls.append("clean up"))
-    monkeypatch.setattr(cli.os, "_exit", lambda code: calls.append(code))
-    monkeypatch.setattr(cli.dist, "get_backend", lambda: "gloo")
+        monkeypatch.setattr(process.dist, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(process.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(process.atexit, "_run_exitfuncs", lambda: calls.append("clean up"))
+    monkeypatch.setattr(process.os, "_exit", lambda code: calls.append(code))
+    monkeypatch.setattr(process.dist, "get_backend", lambda: "gloo")
     cli.run(lambda: calls.append("work"))
     assert calls == ["work", "barrier", "destroy_process_group", "clean up", 0]
     calls.clear()
-    monkeypatch.setattr(cli.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(process.dist, "get_backend", lambda: "nccl")
     assert cli.run(lambda: calls.append("work")) == 0
     assert calls == ["work", "barrier", "destroy_process_group"]

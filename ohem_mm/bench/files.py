@@ -20,8 +20,6 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from ohem_mm import cli
 from ohem_mm.config import UnknownConfigError, config_path
 
-__all__ = ["Axis", "Benchmark", "Tune", "Variant", "check_shared_value", "load_benchmark"]
-
 
 @dataclass(frozen=True)
 class Variant:

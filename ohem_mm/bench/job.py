@@ -25,14 +25,12 @@ import torch
 
 from ohem_mm import cli
 from ohem_mm.bench.provenance import provenance
-from ohem_mm.bench.records import lock, write_json
 from ohem_mm.cli.checkpoints import numbered
+from ohem_mm.disk import lock, write_json
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
 from mmengine.hooks import Hook  # isort: skip
-
-__all__ = ["JobHook", "latest_checkpoint", "run_job"]
 
 HASHED_BATCHES = 10
 MIB = 2**20

@@ -22,21 +22,13 @@ import ohem_mm
 from ohem_mm import cli
 from ohem_mm.bench.files import Benchmark, Tune, Variant, check_shared_value
 from ohem_mm.bench.progress import display_for, say
-from ohem_mm.bench.records import (
-    append_record,
-    lock,
-    read_json,
-    read_records,
-    record_key,
-    write_json,
-)
+from ohem_mm.bench.records import append_record, read_records, record_key
 from ohem_mm.bench.text import clock
 from ohem_mm.bench.tuning import Choice, choose, drops
+from ohem_mm.disk import lock, read_json, write_json
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
-
-__all__ = ["Job", "Plan", "run_benchmark"]
 
 POLL = 0.3  # seconds between two looks at the running jobs
 

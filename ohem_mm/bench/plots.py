@@ -10,8 +10,6 @@ from typing import Any
 from ohem_mm.bench.report import Results, grid_maps
 from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 
-__all__ = ["plot"]
-
 
 def plot(results: Results, folder: Path) -> list[Path]:
     """Draw what the records allow, as SVG; the same records give the same bytes.

@@ -21,8 +21,6 @@ from torch import nn
 from ohem_mm import cli
 from ohem_mm.hooks._losses import unwrap
 
-__all__ = ["check_resume", "find_resume", "load_weights", "numbered", "read"]
-
 
 def read(file: str) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.

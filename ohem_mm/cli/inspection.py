@@ -23,8 +23,6 @@ from torch import nn
 from ohem_mm import OhemCrossEntropyLoss, cli
 from ohem_mm.hooks.fused import _fused_function
 
-__all__ = ["FINDINGS", "Batch", "Finding", "Inspector", "Row", "check", "sentence"]
-
 OURS, MMSEG, SAMPLER = "OhemCrossEntropyLoss", "OhemCrossEntropy", "OHEMPixelSampler"
 # These hooks act on our loss alone.
 OUR_HOOKS = ("FusedOhemHook", "OhemMonitorHook", "OhemScheduleHook")

@@ -19,8 +19,6 @@ from mmseg.datasets.transforms import LoadAnnotations
 
 from ohem_mm import cli
 
-__all__ = ["Labels", "check_labels", "explain", "problem"]
-
 SAMPLES = 8
 SECONDS = 120.0  # longest search after a crash
 # Where a traceback passes through when the data are at fault.

@@ -22,8 +22,6 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor
 
-__all__ = ["FrozenBackbone"]
-
 
 @MODELS.register_module()
 class FrozenBackbone(BaseModule):  # type: ignore[misc]

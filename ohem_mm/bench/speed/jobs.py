@@ -27,8 +27,6 @@ from ohem_mm.bench.speed.providers import (
 )
 from ohem_mm.config import config_path
 
-__all__ = ["NETWORKS", "Job", "head_job", "network_job"]
-
 NETWORKS = {
     "bisenetv2": "bisenetv2/bisenetv2_fcn_4xb4{}-160k_cityscapes-1024x1024",
     "segformer_mit-b0": "segformer/segformer_mit-b0_8xb1{}-160k_cityscapes-1024x1024",

@@ -31,19 +31,6 @@ from ohem_mm.bench.speed.problems import (
 )
 from ohem_mm.errors import UserError
 
-__all__ = [
-    "BASELINE",
-    "PROVIDERS",
-    "Provider",
-    "Step",
-    "UnavailableError",
-    "backend",
-    "check_formula",
-    "choose_providers",
-    "need_backend",
-    "need_mmseg",
-]
-
 BASELINE = "mmseg sampler thresh"
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # small logits to loss and acc_seg
