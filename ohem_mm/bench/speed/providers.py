@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ohem_cross_entropy, ops, reference
+from ohem_mm.bench.heads import bare_head, make_samples
 from ohem_mm.bench.peers import submodule
 from ohem_mm.bench.speed.problems import (
     IGNORE,
@@ -31,20 +32,6 @@ from ohem_mm.bench.speed.problems import (
 )
 from ohem_mm.errors import UserError
 from ohem_mm.joint import joint_losses
-
-__all__ = [
-    "BASELINE",
-    "PROVIDERS",
-    "Provider",
-    "Step",
-    "UnavailableError",
-    "backend",
-    "check_formula",
-    "choose_providers",
-    "make_samples",
-    "need_backend",
-    "need_mmseg",
-]
 
 BASELINE = "mmseg sampler thresh"
 
@@ -188,27 +175,9 @@ def need_mmseg() -> None:
 def build_head(
     problem: Problem, loss: Settings | list[Settings], sampler: Settings | None = None
 ) -> Any:
-    """A decode head of mmseg of which only the loss is used."""
+    """A decode head of mmseg for a problem."""
     need_mmseg()
-    from mmseg.models.decode_heads import FCNHead
-
-    return FCNHead(
-        in_channels=1,
-        channels=1,
-        num_convs=0,
-        concat_input=False,
-        num_classes=problem.shape.c,
-        sampler=sampler,
-        loss_decode=loss,
-    ).to(problem.logits.device)
-
-
-def make_samples(labels: Tensor) -> list[Any]:
-    """Labels as mmseg's heads take them."""
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
+    return bare_head(problem.shape.c, loss, sampler=sampler).to(problem.logits.device)
 
 
 def our_loss() -> OhemCrossEntropyLoss:
