@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -582,6 +583,14 @@ def test_what_the_docs_say_of_ccnet():
     low, *_, high = sorted(100 * off for off in by_floor)
     middle = 100 * statistics.median(by_floor)
     assert f"differed by {low:.1f} to {high:.0f} %, {middle:.1f} % in the median" in one_line(DOCS)
+
+
+def test_which_rules_the_fast_path_knows():
+    """A habit that makes no difference must not cost the fused kernels."""
+    plain = {name for name in PRESETS if preset_rule(name).plain}
+    assert plain == {"mmseg-sampler", "hrnet", "bisenet", "torchseg", "textbook"}
+    assert replace(preset_rule("hrnet"), min_kept=0).plain
+    assert not replace(preset_rule("torchseg"), min_kept=0).plain
 
 
 def test_hrnet_with_threshold_0_is_pure_top_k():
