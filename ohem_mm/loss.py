@@ -19,10 +19,10 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from .mining import Kept, keep_pixels, share_of, world_size, world_sum
+from .mining import Kept, keep_pixels, world_size, world_sum
 from .ops import Shared, choose_backend, pixel_cross_entropy, triton
 from .presets import preset_rule
-from .rule import OURS, SETTINGS, OhemRule, RegionRule, check_choice, is_int, is_number
+from .rule import SETTINGS, OhemRule, RegionRule, check_choice, is_int, is_number
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -114,7 +114,7 @@ def ohem_cross_entropy(
         and choose_backend(logits, use_sigmoid) == "triton"
         and reduction != "none"
         and rule.pool != "world"
-        and rule.habits == OURS
+        and rule.plain
         and not (stats and "kept" in stats)
     ):
         # One pass from logits to loss; the maps of `stats` do not exist there.
@@ -157,8 +157,7 @@ def ohem_cross_entropy(
         scale = weight if scale is None else scale * weight
     if scale is not None:
         loss = loss * scale
-    habits = rule.habits
-    mine = mined * scale if habits.mine_weighted and scale is not None else mined
+    mine = loss if rule.habits.mine_optimised else mined
     kept = keep_pixels(mine, target, valid, rule, num_classes)
     loss = kept.of(loss)
     if stats is not None and hits is not None:
@@ -189,12 +188,11 @@ def _divisor(
         divisor = kept.total(total.dtype)
     else:
         divisor = (torch.ones_like(valid) if rule.avg == "all" else valid).sum().to(total.dtype)
-    if rule.habits.ignored_take_slots and isinstance(rule.min_kept, float):
-        everything = torch.full_like(divisor, valid.numel(), dtype=torch.long)
-        divisor = torch.maximum(divisor, share_of(everything, rule.min_kept).to(divisor.dtype))
-    divisor = divisor + rule.habits.eps * valid.numel()
+    divisor = world_sum(divisor + rule.habits.eps * valid.numel(), rule.pool)
+    if kept.places is not None and scale is None and rule.avg == "kept":
+        divisor = torch.maximum(divisor, kept.places.to(divisor.dtype))
     # Ranks average their gradients afterwards, so each takes its share of the divisor.
-    return world_sum(divisor, rule.pool) / world_size(rule.pool)
+    return divisor / world_size(rule.pool)
 
 
 def _shows_settings(
@@ -208,6 +206,7 @@ def _shows_settings(
         shown = [
             inspect.Parameter(f.name, first.kind, default=f.default, annotation=str(f.type))
             for f in fields(rule)
+            if f.init
         ]
         init.__signature__ = signature.replace(parameters=[first, *shown, *own])  # type: ignore[attr-defined]
         return init
@@ -370,7 +369,7 @@ def _settle(
     foreign: dict[str, str],
 ) -> _Rule:
     """The rule with the settings that a loss was given, by name or in order."""
-    names = [field.name for field in fields(base)]
+    names = [field.name for field in fields(base) if field.init]
     for name in settings:
         if name not in names:
             raise TypeError(_unknown_keyword(name, loss, foreign))

@@ -32,10 +32,13 @@ class Kept(NamedTuple):
         mask: Bool, shape (N, ...): the pixels with a weight above 0.
         share: Weight of each of them, in (0, 1], in the dtype of the loss; below 1 at pixels that
             are tied at the k-th value. None: all weigh 1. Undefined outside the mask.
+        places: How many pixels the floor asks for, ignored ones counted, on all ranks for pool
+            'world', int64, shape (). None: ignored pixels take no places.
     """
 
     mask: Tensor
     share: Tensor | None
+    places: Tensor | None = None
 
     def of(self, values: Tensor) -> Tensor:
         """``values`` times the weights of the pixels; 0 where a pixel is not kept."""
@@ -79,11 +82,9 @@ def keep_pixels(
         sure = sure | (valid & (target == cls))
     if not rule.min_kept:
         return Kept(sure, None)
-    floor = _floor(rank, target, valid, hard, rule, num_classes)
-    if floor is None:
-        return Kept(sure, None)
-    reached, share = floor
-    return Kept(sure | reached, None if share is None else torch.where(sure, 1, share))
+    reached, share, places = _floor(rank, target, valid, hard, rule, num_classes)
+    kept = sure if reached is None else sure | reached
+    return Kept(kept, None if share is None else torch.where(sure, 1, share), places)
 
 
 def world_sum(value: Tensor, pool: Pool) -> Tensor:
@@ -111,14 +112,14 @@ def share_of(count: Tensor, share: float) -> Tensor:
 
 def _floor(
     rank: Tensor, target: Tensor, valid: Tensor, hard: Tensor, rule: OhemRule, num_classes: int
-) -> tuple[Tensor, Tensor | None] | None:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What the floor keeps: pixels at or above the k-th largest of a pool that is short of k.
 
     Returns:
-        None where no pool is short of k and a look is free; else the mask of those pixels and
-        their weights as in :class:`Kept`.
+        The mask of those pixels, or None where no pool is short of k and a look is free; then
+        ``share`` and ``places`` as in :class:`Kept`.
     """
-    pool, min_kept = rule.pool, rule.min_kept
+    pool, min_kept, habits = rule.pool, rule.min_kept, rule.habits
     # `group` broadcasts against the pixels: which pool a pixel belongs to.
     if pool == "image":
         num_groups = len(rank)
@@ -128,30 +129,47 @@ def _floor(
     else:
         num_groups, group = 1, torch.zeros([1] * rank.dim(), dtype=torch.long, device=rank.device)
 
-    num_valid = world_sum(_count(valid, group, num_groups), pool)
+    num_valid = num_pixels = world_sum(_count(valid, group, num_groups), pool)
+    slots = habits.ignored_take_slots and pool != "class"  # an ignored pixel has no class
+    if slots:
+        num_pixels = _all_pixels(valid, num_groups, pool)
     if isinstance(min_kept, float):
-        base = num_valid
-        if rule.habits.ignored_take_slots:
-            base = world_sum(_count(torch.ones_like(valid), group, num_groups), pool)
-        k = share_of(base, min_kept)
+        if slots and habits.float_share:
+            unit = habits.float_share
+            k = (num_pixels.double() * (min_kept if unit == 1 else rule.per_cent) / unit).long()
+        else:
+            k = share_of(num_pixels, min_kept)
+        k = k.to(rank.device)
     else:
         images = torch.tensor([len(rank)], device=rank.device)
         per_image = rule.min_kept_per == "image" and pool in ("batch", "world")
         k = (world_sum(images, pool) if per_image else torch.ones_like(images)) * min_kept
-    if rule.habits.one_less:
+    places = torch.minimum(k, num_pixels.to(rank.device)).sum() if slots else None
+    if habits.one_less:
         k = torch.where(num_valid > k, k - 1, k)
     k = torch.minimum(k, num_valid)
     short = world_sum(_count(hard, group, num_groups), pool) < k
     # On the CPU a look costs nothing: it saves the search, and the map of weights without ties.
     look = rank.device.type == "cpu" and not torch.compiler.is_compiling()
     if look and not short.any():
-        return None
+        return None, None, places
     kth, left, ties = _kth_largest(rank, valid, group, num_groups, k, pool)
     reached = valid & short[group] & (rank >= kth[group])
     if look and not (short & (left < ties)).any():
-        return reached, None
+        return reached, None, places
     weight = left.to(rank.dtype) / ties.clamp_min(1)
-    return reached, torch.where(rank == kth[group], weight[group], 1)
+    return reached, torch.where(rank == kth[group], weight[group], 1), places
+
+
+def _all_pixels(valid: Tensor, num_groups: int, pool: Pool) -> Tensor:
+    """Number of pixels in each pool, ignored ones counted, int64, shape (num_groups,).
+
+    It needs no look at the pixels. Unless ranks add theirs it stays on the CPU, where float64 is,
+    which some accelerators lack.
+    """
+    device = valid.device if world_size(pool) > 1 else torch.device("cpu")
+    pixels = torch.full((num_groups,), valid.numel() // max(1, num_groups), device=device)
+    return world_sum(pixels, pool)
 
 
 def _count(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:

@@ -29,12 +29,14 @@ PRESETS: dict[str, OhemRule] = {
         min_kept_per="image",
         avg="all",
         weighted_mean=True,
-        habits=Habits(mine_weighted=True),
+        habits=Habits(mine_optimised=True),
     ),
-    # HRNet, DDRNet, PIDNet and mmseg's OhemCrossEntropy.
-    "hrnet": OhemRule(thresh=0.7, min_kept=100_000),
-    # CoinCheung's BiSeNet, and STDC, which builds on it.
+    # HRNet, DDRNet, PIDNet and mmseg's OhemCrossEntropy. min_kept=0 means 1 there.
+    "hrnet": OhemRule(thresh=0.7, min_kept=100_000, habits=Habits(zero_keeps_one=True)),
+    # CoinCheung's BiSeNet.
     "bisenet": OhemRule(thresh=0.7, min_kept=1 / 16),
+    # STDC, which builds on it: the floor counts ignored pixels, which are the easiest.
+    "stdc": OhemRule(thresh=0.7, min_kept=1 / 16, habits=Habits(ignored_take_slots=True)),
     # TorchSeg and TorchSemiSeg. min_kept=0 turns mining off there.
     "torchseg": OhemRule(
         thresh=0.6,
@@ -53,13 +55,13 @@ PRESETS: dict[str, OhemRule] = {
     "detectron2": OhemRule(
         thresh=None,
         min_kept=0.2,
-        habits=Habits(ignored_take_slots=True, mine_weighted=True),
+        habits=Habits(ignored_take_slots=True, float_share=1, mine_optimised=True),
     ),
     # nnU-Net's TopKLoss: the hardest 10 % of all voxels, ignored ones counted.
     "nnunet": OhemRule(
         thresh=None,
         min_kept=0.1,
-        habits=Habits(ignored_take_slots=True, mine_weighted=True),
+        habits=Habits(ignored_take_slots=True, float_share=100, mine_optimised=True),
     ),
     # The thresholded form with a floor of a sixteenth of the valid pixels.
     "textbook": OhemRule(thresh=0.7, min_kept=1 / 16),

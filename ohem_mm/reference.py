@@ -178,8 +178,9 @@ def ohem_cross_entropy(
 # The rules of other implementations, each restated from its published behaviour and independently
 # of `ohem_mm.presets`. They keep the defects of the originals: the comments say where.
 #
-# Arguments: logits float64 (N, C, H, W); target int64 (N, H, W); thresh; min_kept as the original
-# counts it; class_weight (C,) or None; ignore_index 255.
+# Arguments: logits float32 or float64 (N, C, H, W), for the originals compute in what they are
+# given; target int64 (N, H, W); thresh; min_kept as the original counts it; class_weight (C,) or
+# None; ignore_index 255.
 
 
 def _flat(logits: Tensor, target: Tensor, class_weight: Tensor | None) -> tuple[Tensor, ...]:
@@ -203,13 +204,15 @@ def mmseg_sampler(
 ) -> Tensor:
     """mmseg's OHEMPixelSampler and CrossEntropyLoss(avg_non_ignore=False) in a decode head.
 
-    Defects: with n <= k valid pixels and no hard one, n - 1 are kept. ``min_kept`` is per image.
+    Defects: with n <= k valid pixels and no hard one, n - 1 are kept, and pixels tied at the limit
+    are dropped. ``min_kept`` is per image, and below 2 it is refused.
     """
+    assert min_kept > 1
     losses, probs, valid = _flat(logits, target, class_weight)
     k = int(min_kept) * len(target)
     if thresh is not None:
         order = probs[valid].sort().values
-        limit = max(float(order[min(k, len(order) - 1)]), thresh)
+        limit = max(float(order[min(k, len(order) - 1)]), thresh) if len(order) else thresh
         keep = valid & (probs < limit)
     else:
         keep = torch.zeros_like(valid)
@@ -243,7 +246,7 @@ def hrnet(
     """OhemCrossEntropy of HRNet, DDRNet, PIDNet and mmseg.
 
     Defects: an error (mmseg: a zero without a gradient) when all is ignored, NaN when nothing lies
-    strictly below the limit, n - 1 pixels when n <= k.
+    strictly below the limit, n - 1 pixels when n <= k, pixels tied at the limit dropped.
     """
     losses, probs, valid = _flat(logits, target, class_weight)
     order = probs[valid].sort().values
@@ -263,6 +266,19 @@ def bisenet(
     return hard.mean()
 
 
+def stdc(
+    logits: Tensor, target: Tensor, *, thresh: float = 0.7, min_kept: float = 1 / 16
+) -> Tensor:
+    """OhemCELoss of STDC: n_min is a sixteenth of all pixels, ignored pixels are zeros among them.
+
+    Defects: NaN where n_min is 0 and nothing is hard, an error where there are no n_min + 1 pixels.
+    """
+    order = _flat(logits, target, None)[0].sort(descending=True).values
+    least = target.numel() // round(1 / min_kept) if isinstance(min_kept, float) else int(min_kept)
+    limit = -math.log(thresh)
+    return (order[order > limit] if order[least] > limit else order[:least]).mean()
+
+
 def torchseg(
     logits: Tensor,
     target: Tensor,
@@ -271,7 +287,7 @@ def torchseg(
     min_kept: float = 256,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """ProbOhemCrossEntropy2d of TorchSeg and TorchSemiSeg."""
+    """ProbOhemCrossEntropy2d of TorchSeg and TorchSemiSeg. It keeps all tied at the limit."""
     _, probs, valid = _flat(logits, target, None)
     labels = target.flatten().clone()
     if 0 < min_kept <= int(valid.sum()):
@@ -284,23 +300,60 @@ def torchseg(
 
 
 def paddleseg(
-    logits: Tensor, target: Tensor, *, thresh: float = 0.7, min_kept: float = 10_000
+    logits: Tensor,
+    target: Tensor,
+    *,
+    thresh: float = 0.7,
+    min_kept: float = 10_000,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
-    """OhemCrossEntropyLoss of PaddleSeg. Defect: nothing is kept when the hardest are tied."""
-    losses, probs, valid = _flat(logits, target, None)
+    """OhemCrossEntropyLoss of PaddleSeg.
+
+    For the value of the loss, not for its gradient, logits are cut off at 64 below the highest, as
+    Paddle's kernel for the CPU does. Defect: pixels tied at the limit are dropped.
+    """
+    _, probs, valid = _flat(logits, target, None)
     keep = valid
     if 0 < min_kept < int(valid.sum()):
         order = torch.where(valid, probs, probs + 1).sort().values
         keep = valid & (probs < max(float(order[int(min_kept) - 1]), thresh))
-    return (losses * keep).mean() / (keep.double().mean() + 1e-5)
+    kept = keep.view_as(target)
+    # What is dropped is an ignored pixel from here on: a NaN in it reaches nothing.
+    logits, labels = torch.where(kept[:, None], logits, 0), torch.where(kept, target, 0)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    cut = (logits - logits.amax(1, keepdim=True)).clamp_min(-64)
+    losses = losses + (F.cross_entropy(cut, labels, reduction="none") - losses).detach()
+    if class_weight is not None:
+        losses = losses * class_weight[labels]
+    return (losses * kept).mean() / (keep.to(losses.dtype).mean() + 1e-5)
 
 
-def hardest_share(
-    logits: Tensor, target: Tensor, *, min_kept: float, class_weight: Tensor | None = None
+def detectron2(
+    logits: Tensor, target: Tensor, *, min_kept: float = 0.2, class_weight: Tensor | None = None
 ) -> Tensor:
-    """DeepLabCE of detectron2 and TopKLoss of nnU-Net: mean of the largest of all losses."""
+    """DeepLabCE of detectron2: mean of the largest of all losses. Defect: NaN where none are."""
     losses = _flat(logits, target, class_weight)[0]
     return losses.topk(int(min_kept * losses.numel())).values.mean()
+
+
+def nnunet(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    min_kept: float = 10,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """TopKLoss of nnU-Net: the same of the smoothed loss; ``min_kept`` is its k, in per cent."""
+    losses = F.cross_entropy(
+        logits,
+        target,
+        weight=class_weight,
+        ignore_index=255,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    ).flatten()
+    return losses.topk(int(losses.numel() * min_kept / 100)).values.mean()
 
 
 ORIGINALS: dict[str, Callable[..., Tensor]] = {
@@ -308,10 +361,11 @@ ORIGINALS: dict[str, Callable[..., Tensor]] = {
     "mmseg-sampler-topk": mmseg_sampler_topk,
     "hrnet": hrnet,
     "bisenet": bisenet,
+    "stdc": stdc,
     "torchseg": torchseg,
     "paddleseg": paddleseg,
-    "detectron2": hardest_share,
-    "nnunet": hardest_share,
+    "detectron2": detectron2,
+    "nnunet": nnunet,
     "textbook": bisenet,
 }
 

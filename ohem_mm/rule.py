@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 Pool = Literal["batch", "image", "class", "world"]
@@ -21,16 +21,24 @@ class Habits(NamedTuple):
 
     Attributes:
         one_less: The floor keeps k - 1 pixels where the pool has more than k.
+        zero_keeps_one: ``min_kept=0`` means 1; the rule reads so from then on.
         zero_keeps_all: ``min_kept=0`` turns mining off and keeps every valid pixel.
-        ignored_take_slots: Ignored pixels count in a share and in the divisor.
-        mine_weighted: Mining looks at the loss after weighting.
+        ignored_take_slots: Ignored pixels have loss 0 and take part: they count in a share, and
+            in the kept pixels that the loss is divided by, wherever the floor reaches them.
+        float_share: How a share of n pixels, ignored ones counted, is computed before it is rounded
+            down: 1: in floating point, as ``n * share``; 100: the same, as ``n * P / 100`` with P
+            the share in per cent; 0: exactly.
+        mine_optimised: Mining looks at the loss as it is optimised, after weights and label
+            smoothing.
         eps: The divisor grows by ``eps`` times the number of all pixels.
     """
 
     one_less: bool = False
+    zero_keeps_one: bool = False
     zero_keeps_all: bool = False
     ignored_take_slots: bool = False
-    mine_weighted: bool = False
+    float_share: Literal[0, 1, 100] = 0
+    mine_optimised: bool = False
     eps: float = 0.0
 
 
@@ -60,6 +68,8 @@ class OhemRule:
         weighted_mean: Where there are weights, divide by the sum of the weights of the pixels that
             ``avg`` counts, instead of by their number; ignored pixels weigh nothing.
         habits: Ways of other implementations, set by the presets.
+        per_cent: Not a setting: the shortest P with P / 100 == ``min_kept``, 29 for 0.29, where
+            100 * 0.29 is less.
 
     Raises:
         ValueError: On a setting out of range; the message names it and what is allowed.
@@ -74,6 +84,7 @@ class OhemRule:
     avg: Average = "kept"
     weighted_mean: bool = False
     habits: Habits = OURS
+    per_cent: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.thresh is not None:
@@ -94,7 +105,14 @@ class OhemRule:
                 f"min_kept must be an int >= 0 (pixels) or a float in [0, 1] (share of the valid "
                 f"pixels), but got {self.min_kept!r}."
             )
+        habits = Habits(*self.habits)
+        if habits.zero_keeps_one:
+            min_kept = min_kept or 1
+        object.__setattr__(self, "habits", habits)
         object.__setattr__(self, "min_kept", min_kept)
+        rounded = (float(f"{100 * min_kept:.{digits}g}") for digits in range(1, 18))
+        per_cent = next((value for value in rounded if value / 100 == min_kept), 100.0 * min_kept)
+        object.__setattr__(self, "per_cent", per_cent)
         for name, allowed in (("pool", Pool), ("min_kept_per", Unit), ("avg", Average)):
             check_choice(name, getattr(self, name), get_args(allowed))
         if isinstance(self.always_keep, str) or not isinstance(self.always_keep, Sequence):
@@ -105,7 +123,13 @@ class OhemRule:
             if not is_int(cls) or cls < 0:
                 raise ValueError(f"always_keep must hold class indices >= 0, but got {cls!r}.")
         object.__setattr__(self, "always_keep", tuple(int(cls) for cls in self.always_keep))
-        object.__setattr__(self, "habits", Habits(*self.habits))
+
+    @property
+    def plain(self) -> bool:
+        """Whether no habit makes a difference to the rule as it stands."""
+        # What min_kept=0 means is settled when the rule is made, or does not arise.
+        zero = self.habits.zero_keeps_all and not self.min_kept
+        return self.habits._replace(zero_keeps_one=False, zero_keeps_all=zero) == OURS
 
 
 class RegionHabits(NamedTuple):
@@ -195,7 +219,7 @@ class RegionRule:
         object.__setattr__(self, "habits", RegionHabits(*self.habits))
 
 
-SETTINGS = tuple(field.name for field in fields(OhemRule))
+SETTINGS = tuple(setting.name for setting in fields(OhemRule) if setting.init)
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:

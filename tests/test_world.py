@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ohem_mm import ohem_cross_entropy
+from ohem_mm.rule import Habits
 
 RULES = [
     {"thresh": 0.7, "min_kept": 1 / 16},
@@ -23,6 +24,10 @@ RULES = [
         "weighted_mean": True,
         "class_weight": torch.tensor([0.2, 1.0, 3.0]),
     },
+    # Ignored pixels take places, of which one rank may have more than another.
+    {"thresh": None, "min_kept": 0.29, "habits": Habits(ignored_take_slots=True, float_share=1)},
+    {"thresh": 0.3, "min_kept": 55, "habits": Habits(ignored_take_slots=True)},
+    {"thresh": 0.3, "min_kept": 1 / 16, "habits": Habits(ignored_take_slots=True)},
 ]
 # Sizes of the batches of up to three ranks, and whether the second rank has valid pixels. An empty
 # batch must not leave the other ranks waiting.
