@@ -250,6 +250,20 @@ def test_a_head_that_calls_losses_by_place(kind):
         assert found.hard_share(0.5) == pytest.approx((prob < 0.5).double().mean().item(), abs=0.01)
 
 
+def test_a_head_that_leaves_its_loss_to_another():
+    """K-Net, whose heads need far more settings than what counts here."""
+    from mmseg.models.decode_heads.knet_head import IterativeDecodeHead
+
+    init_default_scope("mmseg")
+    outer = IterativeDecodeHead.__new__(IterativeDecodeHead)
+    nn.Module.__init__(outer)
+    outer.kernel_generate_head = MODELS.build(
+        dict(type="FCNHead", in_channels=4, channels=4, num_classes=3)
+    )
+    watch = thresholds.Watch(nn.ModuleDict({"decode_head": outer}), None, [], None)
+    assert list(watch.counts) == ["decode_head.kernel_generate_head"]
+
+
 def test_one_channel_and_a_second_loss_on_the_same_logits():
     losses = [dict(type="CrossEntropyLoss", use_sigmoid=True), dict(type="DiceLoss")]
     settings = dict(

@@ -148,7 +148,10 @@ LEFT_ALONE = {
         **FCN,
         "loss_decode": [CE, REGION],
     },
-    "RegionLoss needs": {**FCN, "loss_decode": [OHEM, {**REGION, "ignore_index": 3}]},
+    "head's ignore_index, 255, and the loss": {
+        **FCN,
+        "loss_decode": [OHEM, {**REGION, "ignore_index": 3}],
+    },
     "OHEMPixelSampler needs": {
         **FCN,
         "loss_decode": OHEM,

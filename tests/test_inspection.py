@@ -107,6 +107,10 @@ train_dataloader = dict(
 )
 """
 
+REGION = "loss_decode=[dict(type='OhemCrossEntropyLoss'), dict(type='RegionLoss')]"
+FUSED = "\ncustom_hooks = [dict(type='FusedOhemHook')]"
+NO_IMPORT = "\ncustom_imports = dict(imports=['json'])"
+
 # A shipped config, lines added to it, and the names of all findings.
 FAULTS = [
     (CE, "models = dict(decode_head=dict(sampler=dict(type='OHEMPixelSampler')))", "lost"),
@@ -147,6 +151,9 @@ FAULTS = [
     (OHEM, "custom_imports = dict(imports=['json'])", "not-imported"),
     (OHEM, "custom_hooks = None", "could-be-fused"),
     (OHEM, head(DICE.format("OhemCrossEntropyLoss")), "not-fused"),
+    (OHEM, head(REGION), ""),
+    (CE, loss("_delete_=True, type='ohem_mm.RegionLoss'") + FUSED, ""),
+    (CE, loss("_delete_=True, type='RegionLoss'") + NO_IMPORT, "not-imported"),
     (
         OHEM,
         "custom_hooks = [dict(type='FusedOhemHook'), dict(type='OhemScheduleHook')]",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from mmengine.registry import DATASETS, HOOKS, MODELS, TASK_UTILS, Registry
 from torch import nn
 
-from ohem_mm import OhemCrossEntropyLoss, cli
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss, cli
 from ohem_mm.hooks.fused import _fused_function
 
 OURS, MMSEG, SAMPLER = "OhemCrossEntropyLoss", "OhemCrossEntropy", "OHEMPixelSampler"
@@ -598,10 +598,7 @@ class Inspector:
         # The hook's own decision, on a head that has nothing but what the decision looks at.
         bare = nn.Module.__new__(head.cls)
         nn.Module.__init__(bare)
-        losses = [
-            built.get(place) or type(cli.type_name(loss), (nn.Module,), {})()
-            for place, loss in head.losses.items()
-        ]
+        losses = [built.get(place) or _stand_in(loss) for place, loss in head.losses.items()]
         bare.loss_decode = nn.ModuleList(losses)
         sampler = type(cli.type_name(head.sampler), (nn.Module,), {}) if head.sampler else None
         bare.sampler = sampler() if sampler else None
@@ -642,10 +639,11 @@ class Inspector:
         if "ohem" in self.name.lower() and "yes" not in mines and not has_errors:
             self._add("name-says-ohem", "model", name=self.name)
         has_ours = any(row.rule == OURS for row in self.rows)
+        has_region = any(row.loss == RegionLoss.__name__ for row in self.rows)
         for place, node in enumerate(self.cfg.get("custom_hooks") or []):
             self._check_type(HOOKS, f"custom_hooks.{place}", node)
         for hook in self.hooks:
-            if hook in OUR_HOOKS and not has_ours:
+            if hook in OUR_HOOKS and not has_ours and not (hook == OUR_HOOKS[0] and has_region):
                 self._add("hook-idle", "custom_hooks", hook=hook)
         if has_ours and "OhemScheduleHook" in self.hooks:
             self._add("schedule", "custom_hooks")
@@ -654,7 +652,7 @@ class Inspector:
         if not any(name.split(".")[0] == "ohem_mm" for name in imports):
             for part in ("model", "custom_hooks"):
                 for path, node in cli.iter_dicts(self.cfg.get(part), part):
-                    if node.get("type") in (OURS, *OUR_HOOKS):
+                    if node.get("type") in (OURS, RegionLoss.__name__, *OUR_HOOKS):
                         self._add("not-imported", path, type=node["type"])
 
     def _check_lost(self) -> None:
@@ -758,6 +756,18 @@ def _class_of(registry: Any, node: Any, cfg: Any) -> Any:
             return scoped.get(kind)
     except (ImportError, RuntimeError, KeyError):
         return None
+
+
+def _stand_in(node: Any) -> nn.Module:
+    """A loss as the fused hook sees it: RegionLoss as it is, any other by its name alone."""
+    kind = cli.type_name(node)
+    if kind == RegionLoss.__name__:
+        try:
+            return RegionLoss(**{key: node[key] for key in node if key not in ("type", "_scope_")})
+        except (TypeError, ValueError):
+            pass  # it cannot be built, and the tools say so
+    stand_in: nn.Module = type(kind, (nn.Module,), {})()
+    return stand_in
 
 
 def _setting(node: Any, cls: Any, name: str, fallback: Any) -> Any:

@@ -147,8 +147,13 @@ class Watch:
     ) -> None:
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
-        found = {n: m for n, m in model.named_modules() if isinstance(m, BaseDecodeHead)}
-        found = {n: m for n, m in found.items() if isinstance(m.loss_decode, nn.Module)}
+        found = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, BaseDecodeHead)
+            # K-Net leaves its loss to another head.
+            and isinstance(getattr(module, "loss_decode", None), nn.Module)
+        }
         if missing := [name for name in heads or () if name not in found]:
             raise UserError(f"there is no head {missing[0]!r}; heads: {', '.join(found)}")
         rules = {n: [_rule(head, loss) for loss in losses_of(head)] for n, head in found.items()}
