@@ -98,6 +98,7 @@ def record(start, val, test):
     return {
         **start,
         "class_shares": [0.9, 0.09, 0.01],
+        "counted": start.get("class_shares"),
         "commit": "0123456789",
         "dirty": False,
         "versions": {"torch": "2.13.0"},
@@ -411,6 +412,46 @@ def test_a_failed_job_leaves_the_others(ran, monkeypatch, capsys):
     # Its tuning is not finished, so it gets no seeds.
     assert ran == [*TUNING, LATER[0], LATER[2]]
     assert "ours, lr 0.01, seed 0: exit status 1" in capsys.readouterr().err
+
+
+GRID = """grid:
+  axes:
+    rare: {key: train_dataloader.dataset.rare, values: [100, 25]}
+"""
+
+
+def test_every_cell_of_a_grid_is_tuned_by_itself(ran, monkeypatch):
+    # lr 0.1 is the best of all in the second cell, and "weak" is behind there alone.
+    for (name, lr, seed), (val, test) in list(SCORES.items()):
+        monkeypatch.setitem(
+            SCORES, (f"{name},rare=100", lr, seed), (val + 3 * (name == "weak"), test)
+        )
+        best = {0.001: 10, 0.01: 20, 0.1: 30}[lr]
+        monkeypatch.setitem(
+            SCORES, (f"{name},rare=25", lr, seed), (best - 5 * (name == "weak"), test)
+        )
+    for where in (("ce", 0.1), ("ours", 0.1), ("weak", 0.1)):
+        for seed in (1, 2):
+            monkeypatch.setitem(SCORES, (f"{where[0]},rare=25", where[1], seed), (30, 50))
+            monkeypatch.setitem(SCORES, (f"{where[0]},rare=100", where[1], seed), (30, 50))
+    benchmark = bench(text=BENCH + GRID)
+    run_benchmark(benchmark, arguments(), Path("tuned.jsonl"))
+    assert [where[0] for where in ran[:18:3]] == [
+        f"{name},rare={rare}" for rare in (100, 25) for name in ("ce", "ours", "weak")
+    ]
+    later = [("ce,rare=100", 0.01), ("ours,rare=100", 0.001), ("weak,rare=100", 0.1)]
+    later += [("ce,rare=25", 0.1), ("ours,rare=25", 0.1)]
+    assert ran[18:] == [(*where, seed) for seed in (1, 2) for where in later]
+    records = read_records(Path("tuned.jsonl"))
+    # The classes are counted in each of the data sets.
+    shares = {run["variant"].partition(",")[2]: run["counted"] for run in records}
+    assert sum(shares["rare=25"][6:]) < 0.7 * sum(shares["rare=100"][6:])
+    text = report.markdown(report.select(benchmark, records))
+    assert "mIoU, ohem minus plain CE:" in text
+    assert (
+        "No further seeds for weak, rare 25: at its best it lies 5.00 points behind plain CE, "
+        in text
+    )
 
 
 # --- the report ------------------------------------------------------------------------------
