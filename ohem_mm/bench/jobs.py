@@ -109,7 +109,7 @@ class Plan:
             values = (check_shared_value(benchmark, args.at),)
         # The baselines too: whether a variant is dropped depends on them.
         bases = [benchmark.baseline_of(name) for name in self.names] if tune else []
-        self.configs: dict[tuple[str, float | None], tuple[Config, str]] = {}
+        self.configs: dict[tuple[str, float | None], tuple[Config, str, str]] = {}
         for name in dict.fromkeys([*self.names, *bases]):
             for value in values:
                 try:
@@ -125,7 +125,7 @@ class Plan:
         key = name, value, seed
         if key not in self.jobs:
             benchmark, args = self.benchmark, self.args
-            cfg, hashed = self.configs[name, value]
+            cfg, hashed, untuned = self.configs[name, value]
             own = copy.deepcopy(cfg)
             own["randomness"] = {**(own.get("randomness") or {}), "seed": seed}
             own.work_dir = str(self.folder / name / f"seed{seed}-{hashed}")
@@ -134,7 +134,7 @@ class Plan:
                 "benchmark": benchmark.name,
                 "variant": name,
                 "label": variant.label,
-                **({} if value is None else {"tuned": value}),
+                **({} if value is None else {"tuned": value, "untuned_hash": untuned}),
                 "seed": seed,
                 "config": variant.config,
                 "config_hash": hashed,
@@ -153,7 +153,7 @@ class Plan:
 
     def choices(self, records: list[dict[str, Any]]) -> dict[str, Choice]:
         """What tuning has found so far, from the records of these very configs."""
-        hashes = {(name, value): hashed for (name, value), (_, hashed) in self.configs.items()}
+        hashes = {(name, value): hashed for (name, value), (_, hashed, _) in self.configs.items()}
         runs = [
             record
             for record in records
@@ -220,8 +220,13 @@ class Plan:
 
 def _variant_config(
     benchmark: Benchmark, variant: Variant, value: float | None, args: argparse.Namespace
-) -> tuple[Config, str]:
-    """The config of a variant at a value of what is tuned, and the hash of all that matters."""
+) -> tuple[Config, str, str]:
+    """The config of a variant at a value of what is tuned.
+
+    Returns:
+        The config, the hash of all that makes its results, and the hash of what the runs that
+        tuning may compare have in common.
+    """
     load = argparse.Namespace(
         config=variant.config, cfg_options={}, launcher="none", work_dir="", local_rank=0
     )
@@ -232,20 +237,16 @@ def _variant_config(
         cli.use_bf16(cfg)
     if benchmark.channels_last:
         cli.use_channels_last(cfg)
-    if benchmark.tune is not None and value is not None:
-        _set_tuned(cfg, benchmark.tune, value, variant, args)
     cli.apply_options(cfg, copy.deepcopy(args.cfg_options))
     if benchmark.split == "val":
         cfg.test_dataloader = copy.deepcopy(cfg.val_dataloader)
         cfg.test_evaluator = copy.deepcopy(cfg.val_evaluator)
         cfg.test_cfg = cfg.get("test_cfg") or {"type": "TestLoop"}
-    content = cfg.to_dict()
-    for key in ("work_dir", "launcher", "resume"):
-        content.pop(key, None)
-    (content.get("randomness") or {}).pop("seed", None)
-    hashed = hashlib.sha1(
-        json.dumps(content, sort_keys=True, default=str).encode(), usedforsecurity=False
-    ).hexdigest()[:10]
+    untuned = ""
+    if benchmark.tune is not None and value is not None:
+        untuned = _hash(cfg, [benchmark.tune.keys, benchmark.tune.scale])
+        _set_tuned(cfg, benchmark.tune, value, variant, args)
+    hashed = _hash(cfg)
 
     # What follows changes where the data lie and what is recorded, not the results.
     data_root = args.data_root or benchmark.data_root
@@ -276,7 +277,17 @@ def _variant_config(
     cli.check_amp_device(cfg)
     cli.check_pretrained(cfg)
     cli.check_datasets(cfg, ("train", "val", "test"))
-    return cfg, hashed
+    return cfg, hashed, untuned
+
+
+def _hash(cfg: Config, *more: Any) -> str:
+    """The hash of all that makes the results of a config, and of what else is given."""
+    content = cfg.to_dict()
+    for key in ("work_dir", "launcher", "resume"):
+        content.pop(key, None)
+    (content.get("randomness") or {}).pop("seed", None)
+    text = json.dumps([content, *more] if more else content, sort_keys=True, default=str)
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:10]
 
 
 def _set_tuned(

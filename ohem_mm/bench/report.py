@@ -91,11 +91,17 @@ def select(benchmark: Benchmark, records: list[dict[str, Any]], at: float | None
     def place(record: dict[str, Any]) -> tuple[Any, ...]:
         return record["variant"], record.get("tuned")
 
-    versions = {place(record): record["config_hash"] for record in records}
+    # Records of another version of a variant, or of another tune, are no rivals.
+    families = {record["variant"]: record.get("untuned_hash") for record in records}
+    versions = {
+        place(record): record["config_hash"]
+        for record in records
+        if record.get("untuned_hash") == families[record["variant"]]
+    }
     current, outdated = [], 0
     for record in records:
         if record["variant"] in benchmark.variants:
-            if record["config_hash"] == versions[place(record)]:
+            if record["config_hash"] == versions.get(place(record)):
                 current.append(record)
             else:
                 outdated += 1
