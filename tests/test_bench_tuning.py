@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("mmseg")
 pytest.importorskip("matplotlib")
@@ -553,6 +555,62 @@ def test_plot_of_tuning():
     assert axis.get_xscale() == "log"
     drawn = [plots.plot(results, Path("plots"))[-1].read_bytes() for _ in range(2)]
     assert drawn[0] == drawn[1]
+
+
+# --- docs/accuracy.md ------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
+
+
+@pytest.fixture
+def cracks():
+    """The files of the page, and a small data set like the one that it speaks of."""
+    for name, text in re.findall(
+        r"<!-- test: (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL
+    ):
+        Path(name).write_text(text.replace("configs/quickstart", str(config_path(CE).parent)))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2), ("test", 3)):
+        images, labels = (Path("data/cracks", kind, split) for kind in ("images", "labels"))
+        for folder in (images, labels):
+            folder.mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(100, 200, (48, 64, 3), dtype=np.uint8)
+            label = np.zeros((48, 64), np.uint8)
+            column = rng.integers(0, 62)
+            image[:, column : column + 2] //= 3
+            label[:, column : column + 2] = 1
+            label[:2] = 255
+            Image.fromarray(image).save(images / f"{i}.jpg")
+            Image.fromarray(label).save(labels / f"{i}.png")
+    assert len(Path("cracks.yaml").read_text().splitlines()) <= 13
+    return files.load_benchmark("cracks.yaml")
+
+
+def test_the_benchmark_of_the_docs_fits_a_data_set_of_two_classes(cracks):
+    plan = Plan(cracks, arguments(), Path("work"))
+    assert len(plan.due([])) == 8
+    assert plan.total([]) == 12
+    cfg = plan.job("ours", 0.01, 0).cfg
+    assert cfg.model.decode_head.loss_decode.to_dict() == {"type": "OhemCrossEntropyLoss"}
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
+    assert cfg.train_dataloader.dataset.type == "BaseSegDataset"
+    shares = jobs.class_shares(cfg, Path("shares.json"))
+    # Two columns of 64.
+    assert shares == pytest.approx([31 / 32, 1 / 32], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_docs_runs(cracks):
+    command = [sys.executable, str(TOOL), "run", "cracks.yaml", "--seeds", "0", "--cfg-options"]
+    command += ["train_cfg.max_iters=52", "train_cfg.val_interval=52", "param_scheduler.1.end=52"]
+    command += ["model.data_preprocessor.size=(48,64)", "train_dataloader.batch_size=2"]
+    command += ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(read_records(Path("cracks.jsonl"))) == 8
+    assert "| plain CE | 0.0" in result.stdout
+    assert "lr of each variant, chosen by the val mIoU after training (seed 0" in result.stdout
 
 
 # --- a real run that is killed ---------------------------------------------------------------
