@@ -19,7 +19,15 @@ try:
 except ImportError:  # plain PyTorch: nothing to register in
     pass
 else:
-    from . import hooks, optim  # noqa: F401  (registers them)
+    # Registers them, and lets a config name the hooks as it may the loss: type="ohem_mm.NAME".
+    from . import models  # noqa: F401
+    from .hooks import (  # noqa: F401
+        ChannelsLastHook,
+        FusedOhemHook,
+        OhemMonitorHook,
+        OhemScheduleHook,
+        OhemVisualizationHook,
+    )
 
     # The root registry, so that every OpenMMLab scope finds it. Reloading the module is harmless.
     for _loss in (OhemCrossEntropyLoss, RegionLoss):

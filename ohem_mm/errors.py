@@ -2,8 +2,6 @@
 
 import importlib.util
 
-__all__ = ["UserError", "need"]
-
 
 class UserError(Exception):
     """A mistake that the user can mend; its message is one sentence that says how."""

@@ -20,9 +20,10 @@ pytest.importorskip("matplotlib")
 from ohem_mm import cli
 from ohem_mm.bench import files, jobs, plots, report
 from ohem_mm.bench.jobs import Plan, run_benchmark
-from ohem_mm.bench.records import read_records, write_json
+from ohem_mm.bench.records import read_records
 from ohem_mm.bench.tuning import choose, drops
 from ohem_mm.config import config_path
+from ohem_mm.disk import write_json
 
 TOOL = config_path("tools/benchmark_miou.py")
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"

@@ -44,6 +44,23 @@ def cells(text):
     return [row for row in rows if not row[0].startswith("---")]
 
 
+def test_overlap_losses_have_the_values_that_their_formulas_say(tool, out, capsys):
+    """A step is measured only after its value was checked in float64."""
+    words = ["Dice", "Lovasz"]
+    tool.main(["--shapes", SHAPE, "--providers", *words, *QUICK, "--out", str(out)])
+    printed = capsys.readouterr()
+    with out.open(newline="") as file:
+        measured = {row["provider"] for row in csv.DictReader(file)}
+    chosen = set(providers.choose_providers(words))
+    assert len(chosen) == 7
+    assert chosen.isdisjoint(providers.choose_providers(None))
+    if importlib.util.find_spec("segmentation_models_pytorch") is None:
+        chosen -= {"CE + smp DiceLoss"}
+        left_out = "CE + smp DiceLoss is left out: it needs segmentation_models_pytorch"
+        assert left_out in " ".join(printed.err.split())
+    assert measured == chosen | {report.FLOOR}
+
+
 def test_records_and_report(tool, out, capsys):
     command = ["--shapes", SHAPE, "--modes", "step", "backward", "--providers", *CHOSEN, *QUICK]
     tool.main([*command, "--out", str(out)])

@@ -1,5 +1,6 @@
 """tools/benchmark_miou.py: benchmark files, records, statistics, and runs that are killed."""
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -317,7 +318,7 @@ def test_report_says_when_runs_are_not_paired(records, key, value, words):
 def test_report_says_which_runs_were_resumed(records):
     records[-1].update(resumed=[5], batches=[])
     text = tiny_report(records)
-    assert "order of the images. 1 of the runs were interrupted and resumed." in text
+    assert "order of the images. 1 of the runs was interrupted and resumed." in text
 
 
 def test_report_without_the_baseline(records):
@@ -475,6 +476,15 @@ def test_report_is_written_between_its_marks():
         assert path.read_text() == page.replace("old", "new")
     with pytest.raises(cli.UserError, match=r"page\.md has no block from '<!-- report: x -->'"):
         report.write(path, "x", "new\n")
+    with pytest.raises(cli.UserError, match=r"^there is no page 'nowhere\.md' to put the report"):
+        report.write(Path("nowhere.md"), "tiny", "new\n")
+
+
+def test_a_benchmark_file_that_is_not_there():
+    with pytest.raises(cli.UserError, match=r"^no benchmark file is called 'nosuch'; those") as no:
+        files.load_benchmark("nosuch")
+    assert "quickstart/benchmark.yaml" in str(no.value)
+    assert "metafile" not in str(no.value)
 
 
 def committed_reports():
@@ -691,7 +701,7 @@ def test_config_hash_sees_settings_but_not_places():
     def hashes(**changes):
         settings = {"variants": None, "seeds": None, "cfg_options": {}, "data_root": None}
         settings |= {"jobs": 1, "threads": 1, "launcher": "none", "gpus": 1, "at": None}
-        args = cli.argparse.Namespace(**{**settings, **changes})
+        args = argparse.Namespace(**{**settings, **changes})
         jobs = Plan(bench, args, Path("work")).due([])
         return {job.record["variant"]: job.record["config_hash"] for job in jobs}
 

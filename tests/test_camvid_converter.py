@@ -1,10 +1,6 @@
-import importlib.util
-
 import numpy as np
 import pytest
 from PIL import Image
-
-from ohem_mm.config import config_path
 
 pytest.importorskip("mmseg")
 
@@ -12,19 +8,10 @@ from mmcv.transforms import LoadImageFromFile
 from mmseg.datasets.transforms import LoadAnnotations
 
 from ohem_mm.cli import UserError
+from ohem_mm.datasets import convert_camvid as camvid
 from ohem_mm.datasets.camvid import PALETTE, CamVidDataset
 
 COUNTS = {"train": 3, "val": 1, "test": 2}
-
-
-@pytest.fixture(scope="module")
-def camvid():
-    spec = importlib.util.spec_from_file_location(
-        "camvid_converter", config_path("tools/dataset_converters/camvid.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -53,7 +40,7 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("inner", ["", "CamVid"])
-def test_converts(camvid, clone, out, inner):
+def test_converts(clone, out, inner):
     assert camvid.convert(clone / inner, out, COUNTS) == 12
     for split, count in COUNTS.items():
         labels = sorted((out / "ann_dir" / split).iterdir())
@@ -70,7 +57,7 @@ def test_converts(camvid, clone, out, inner):
             np.testing.assert_array_equal(after, np.where(before == 11, 255, before))
 
 
-def test_the_dataset_reads_it(camvid, clone, out):
+def test_the_dataset_reads_it(clone, out):
     camvid.convert(clone, out, COUNTS)
     dataset = CamVidDataset(
         data_root=str(out),
@@ -84,7 +71,7 @@ def test_the_dataset_reads_it(camvid, clone, out):
     assert set(np.unique(label)) <= {*range(11), 255}
 
 
-def test_again_writes_nothing_and_only_adds_what_is_missing(camvid, clone, out):
+def test_again_writes_nothing_and_only_adds_what_is_missing(clone, out):
     camvid.convert(clone, out, COUNTS)
     assert camvid.convert(clone, out, COUNTS) == 0
     lost = next((out / "ann_dir" / "test").iterdir())
@@ -95,7 +82,7 @@ def test_again_writes_nothing_and_only_adds_what_is_missing(camvid, clone, out):
     assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
 
 
-def test_other_content_is_reported_and_kept(camvid, clone, out):
+def test_other_content_is_reported_and_kept(clone, out):
     mine = out / "img_dir" / "val" / "val_000.png"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
@@ -104,7 +91,7 @@ def test_other_content_is_reported_and_kept(camvid, clone, out):
     assert mine.read_bytes() == b"mine"
 
 
-def test_a_folder_with_other_files_is_left_alone(camvid, clone, out):
+def test_a_folder_with_other_files_is_left_alone(clone, out):
     mine = out / "img_dir" / "train" / "holiday.jpg"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
@@ -114,21 +101,21 @@ def test_a_folder_with_other_files_is_left_alone(camvid, clone, out):
 
 
 @pytest.mark.parametrize("part", ["train/train_001.png", "testannot/test_000.png"])
-def test_says_which_file_is_missing(camvid, clone, out, part):
+def test_says_which_file_is_missing(clone, out, part):
     (clone / "CamVid" / part).unlink()
     with pytest.raises(UserError, match=rf"{part} is missing"):
         camvid.convert(clone, out, COUNTS)
     assert not out.exists()
 
 
-def test_the_list_names_frames_that_are_missing_altogether(camvid, clone, out):
+def test_the_list_names_frames_that_are_missing_altogether(clone, out):
     (clone / "CamVid/train/train_001.png").unlink()
     (clone / "CamVid/trainannot/train_001.png").unlink()
     with pytest.raises(UserError, match=r"train/train_001\.png is missing; .*trainannot/train_001"):
         camvid.convert(clone, out, COUNTS)
 
 
-def test_counts_are_checked_against_the_split(camvid, clone, out):
+def test_counts_are_checked_against_the_split(clone, out):
     with pytest.raises(
         UserError, match=r"have 3 frames, expected 367.*have 1 frames, expected 101"
     ):
@@ -136,12 +123,12 @@ def test_counts_are_checked_against_the_split(camvid, clone, out):
     assert not out.exists()
 
 
-def test_not_a_clone(camvid, tmp_path, out):
+def test_not_a_clone(tmp_path, out):
     with pytest.raises(UserError, match="neither train/ nor CamVid/train/"):
         camvid.convert(tmp_path, out)
 
 
-def test_sizes_labels_and_modes(camvid, clone, out):
+def test_sizes_labels_and_modes(clone, out):
     root = clone / "CamVid"
     Image.new("RGB", (960, 720)).save(root / "train" / "train_000.png")
     Image.fromarray(np.full((360, 480), 12, np.uint8)).save(root / "valannot" / "val_000.png")

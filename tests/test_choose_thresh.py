@@ -26,6 +26,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from ohem_mm import cli
+from ohem_mm.cli import thresholds, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``")
 
@@ -162,9 +163,9 @@ def test_the_heads_own_settings_are_reported(call, checkpoint):
 @pytest.mark.parametrize("pool", ["batch", "image", "class"])
 @pytest.mark.parametrize("min_kept", [0, 7, 40, 0.25, 1.0])
 @pytest.mark.parametrize("thresh", [None, 0.3, 0.7])
-def test_floor_agrees_with_the_loss(choose, pool, min_kept, thresh):
+def test_floor_agrees_with_the_loss(pool, min_kept, thresh):
     torch.manual_seed(1)
-    counts = choose.Counts(None, [0.3, 0.7], pool)
+    counts = thresholds.Counts(None, [0.3, 0.7], pool)
     kept = pools = short = valid_pixels = 0
     for _ in range(3):
         loss = torch.rand(3, 5, 6) * 3
@@ -192,8 +193,8 @@ def test_floor_agrees_with_the_loss(choose, pool, min_kept, thresh):
     assert share == pytest.approx(kept / valid_pixels)
 
 
-def test_not_a_number_is_hard(choose):
-    counts = choose.Counts(None, [0.5, 1.0], None)
+def test_not_a_number_is_hard():
+    counts = thresholds.Counts(None, [0.5, 1.0], None)
     loss = torch.tensor([[math.nan, math.inf, 0.1, 0.0]])
     counts.add(loss, torch.ones_like(loss, dtype=torch.bool), torch.zeros(1, 4).long(), 2)
     assert counts.finish()
@@ -216,40 +217,40 @@ class Segmentor(nn.Module):
         return self.decode_head.loss(inputs, data_samples, None)
 
 
-def run_head(choose, settings, inputs, labels, heads=None):
+def run_head(settings, inputs, labels, heads=None):
     init_default_scope("mmseg")
     torch.manual_seed(0)
     model = Segmentor(MODELS.build(dict(settings, in_channels=4, channels=4)))
     samples = []
     for label in labels:
         samples.append(SegDataSample(gt_sem_seg=PixelData(data=label[None])))
-    watch = choose.Watch(model, heads, [0.5], None)
+    watch = thresholds.Watch(model, heads, [0.5], None)
     model.train()
     assert watch.run(model, [{"inputs": inputs, "data_samples": samples}]) == len(labels)
     return model, watch.counts
 
 
 @pytest.mark.parametrize("kind", ["ohem_mm.OhemCrossEntropyLoss", "mmseg.OhemCrossEntropy"])
-def test_a_head_that_calls_losses_by_place(choose, kind):
+def test_a_head_that_calls_losses_by_place(kind):
     """DDRHead has logits of two branches; each loss has a curve of its own."""
     loss = dict(type=kind, min_kept=5)
     settings = dict(type="mmseg.DDRHead", num_classes=3, dropout_ratio=0.0, loss_decode=[loss] * 2)
     inputs = (torch.randn(2, 2, 8, 8), torch.randn(2, 4, 8, 8))
     labels = torch.randint(0, 3, (2, 16, 16))
     labels[0, :4] = 255
-    model, counts = run_head(choose, settings, inputs, labels)
+    model, counts = run_head(settings, inputs, labels)
     assert list(counts) == ["decode_head, loss 0", "decode_head, loss 1"]
     with torch.no_grad():
         both = model.decode_head(inputs)
     for found, logits in zip(counts.values(), both, strict=True):
         wide = F.interpolate(logits, (16, 16), mode="bilinear")
         prob = wide.softmax(1).gather(1, labels.clamp(max=2)[:, None])[:, 0][labels != 255]
-        assert found.rule == choose.Rule(0.7, 5)
+        assert found.rule == OhemRule(0.7, 5)
         assert int(found.valid) == prob.numel()
         assert found.hard_share(0.5) == pytest.approx((prob < 0.5).double().mean().item(), abs=0.01)
 
 
-def test_one_channel_and_a_second_loss_on_the_same_logits(choose):
+def test_one_channel_and_a_second_loss_on_the_same_logits():
     losses = [dict(type="CrossEntropyLoss", use_sigmoid=True), dict(type="DiceLoss")]
     settings = dict(
         type="mmseg.FCNHead",
@@ -262,25 +263,25 @@ def test_one_channel_and_a_second_loss_on_the_same_logits(choose):
         loss_decode=losses,
     )
     inputs, labels = [3 * torch.randn(2, 4, 8, 8)], torch.randint(0, 2, (2, 8, 8))
-    model, counts = run_head(choose, settings, inputs, labels)
+    model, counts = run_head(settings, inputs, labels)
     nn.init.normal_(model.decode_head.conv_seg.weight)
     assert list(counts) == ["decode_head, loss 0"]
     assert counts["decode_head, loss 0"].rule is None
-    model, counts = run_head(choose, settings, inputs, labels)
+    model, counts = run_head(settings, inputs, labels)
     with torch.no_grad():
         prob = model.decode_head(inputs).sigmoid()[:, 0]
     hard = torch.where(labels == 1, prob, 1 - prob) < 0.5
     assert int(counts["decode_head, loss 0"].hard_share(0.5) * 128 + 0.5) == int(hard.sum())
 
 
-def test_looking_changes_nothing_in_the_model(choose, checkpoint):
+def test_looking_changes_nothing_in_the_model(checkpoint):
     cfg, _ = tiny(OHEM)
-    model = choose.build_model(cfg, str(checkpoint))
+    model = trained.build_model(cfg, str(checkpoint), training=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cfg.train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=2)
-    watch = choose.Watch(model, None, [], None)
+    watch = thresholds.Watch(model, None, [], None)
     assert watch.threshes == [0.5, 0.6, 0.7, 0.8, 0.9]
-    loader = choose.build_batches(cfg, "train", 0)
+    loader = trained.training_batches(cfg, "train", 0)
     assert watch.run(model, [next(iter(loader))]) == 2
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -315,7 +316,7 @@ def test_a_checkpoint_that_does_not_fit(call, tmp_path):
     torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "other.pth")
     code, _, err = call(OHEM, tmp_path / "other.pth")
     assert code == 2
-    assert "does not fit the config" in err
+    assert "does not fit the model" in err
     code, _, err = call(OHEM, tmp_path / "none.pth")
     assert code == 2
     assert "there is no checkpoint" in err

@@ -154,7 +154,18 @@ LEFT_ALONE = {
         "loss_decode": OHEM,
         "sampler": {"type": "OHEMPixelSampler", "thresh": 0.7},
     },
-    "OhemCrossEntropyLoss needs": {**FCN, "loss_decode": {**OHEM, "ignore_index": 3}},
+    "head's ignore_index, 255, and the loss its own, 3": {
+        **FCN,
+        "loss_decode": {**OHEM, "ignore_index": 3},
+    },
+    "VPDDepthHead computes": {
+        "type": "VPDDepthHead",
+        "in_channels": [16, 16, 16, 16],
+        "embed_dim": 4,
+        "feature_dim": 32,
+        "num_deconv_filters": (32, 32, 32),
+        "loss_decode": OHEM,
+    },
     "STDCHead computes": {**FCN, "type": "STDCHead", "loss_decode": OHEM},
     "losses 1 and 3": {
         "type": "PIDHead",
@@ -175,6 +186,46 @@ def test_heads_that_are_left_alone(reason):
     assert reason in line
     assert not fused
     assert "loss_by_feat" not in vars(head)
+
+
+def test_knet_is_fused_where_its_loss_is():
+    update = {
+        "type": "KernelUpdateHead",
+        "num_classes": 4,
+        "num_ffn_fcs": 2,
+        "num_heads": 2,
+        "num_mask_fcs": 1,
+        "feedforward_channels": 16,
+        "in_channels": 8,
+        "out_channels": 8,
+        "dropout": 0.0,
+        "ffn_act_cfg": {"type": "ReLU"},
+        "kernel_updator_cfg": {
+            "type": "KernelUpdator",
+            "in_channels": 8,
+            "feat_channels": 8,
+            "out_channels": 8,
+            "act_cfg": {"type": "ReLU"},
+            "norm_cfg": {"type": "LN"},
+        },
+    }
+    head = build(
+        type="IterativeDecodeHead",
+        num_stages=1,
+        kernel_generate_head={**FCN, "loss_decode": OHEM},
+        kernel_update_head=[update],
+    )
+    expected, expected_grads = step(head, [small()])
+    fused = []
+    report = dict(fuse_heads(nn.ModuleDict({"head": head}), fused))
+    assert report == {
+        "head (IterativeDecodeHead)": "left alone: it has no loss of its own",
+        "head.kernel_generate_head (FCNHead)": "fused",
+    }
+    losses, grads = step(head, [small()])
+    assert {"loss_ohem.s0", "loss_ohem.s1"} <= set(losses)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
 
 
 def train(work_dir, hooks):
@@ -226,3 +277,5 @@ def test_training_agrees_step_by_step(tmp_path):
 
 def test_registered_in_every_scope():
     assert HOOKS.get("FusedOhemHook") is FusedOhemHook
+    # As the loss can be named where nothing imports the package.
+    assert HOOKS.get("ohem_mm.FusedOhemHook") is FusedOhemHook

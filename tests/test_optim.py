@@ -13,8 +13,9 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 
 from ohem_mm import cli
+from ohem_mm.cli import checks, configs
 from ohem_mm.hooks import ChannelsLastHook
-from ohem_mm.optim import Bf16OptimWrapper
+from ohem_mm.models import Bf16OptimWrapper
 
 DEVICES = [
     "cpu",
@@ -123,7 +124,8 @@ def config(**wrapper):
     ],
 )
 def test_amp_on_each_device(monkeypatch, device, before, after):
-    monkeypatch.setattr(cli, "get_device", lambda: device)
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: device)
     cfg = config(**before)
     cli.use_amp(cfg)
     assert cfg.optim_wrapper.to_dict() == {"optimizer": {"type": "SGD", "lr": 0.1}, **after}
@@ -135,7 +137,8 @@ def test_amp_on_each_device(monkeypatch, device, before, after):
     [("cuda", "AmpOptimWrapper"), ("cpu", "Bf16OptimWrapper"), ("cuda", "Bf16OptimWrapper")],
 )
 def test_amp_twice(monkeypatch, capsys, device, kind):
-    monkeypatch.setattr(cli, "get_device", lambda: device)
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: device)
     cfg = config(type=kind)
     cli.use_amp(cfg)
     assert cfg.optim_wrapper.type == kind

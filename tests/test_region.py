@@ -1,6 +1,7 @@
 """The region term against the float64 oracle, in value and gradient, and at the edges."""
 
 import dataclasses
+import doctest
 import itertools
 import math
 import tempfile
@@ -270,6 +271,13 @@ def test_pools_and_absent_classes_by_hand():
     both = region_loss(logits, target, pool="image", classes="all", smooth=0.5)
     scores = [1.9 / 2.2, 0.5 / 0.7, 0.5 / 0.6, 0.5 / 0.8, 1.7 / 2.1, 0.5 / 0.6]
     assert both.item() == pytest.approx(1 - sum(scores) / 6)
+
+
+def test_numbers_of_the_docs_page():
+    page = Path(__file__).resolve().parents[1] / "docs" / "region.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 10
+    assert result.failed == 0
 
 
 # Edges

@@ -6,17 +6,15 @@ segmentation-models-pytorch monai nnunetv2`` beside torch and numpy, and are ski
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 import warnings
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
 from ohem_mm import RegionLoss
+from ohem_mm.bench.peers import submodule
 from ohem_mm.presets import REGION_PRESETS
 from ohem_mm.reference import REGION_ORIGINALS
 
@@ -27,24 +25,12 @@ WEIGHTED |= {"mmseg-tversky"}
 SOFTMAX_ONLY = {"jdt", "mmseg-tversky"}
 
 
-def submodule(package: str, path: str) -> ModuleType:
-    """A subpackage of an installed package, without running the package's own __init__.
-
-    segmentation_models_pytorch imports torchvision and timm there, which its losses do not need.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed")
-    name = f"{package}.{path}"
-    if name not in sys.modules:
-        folder = Path(next(iter(spec.submodule_search_locations)), *path.split("."))
-        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-        found = importlib.util.spec_from_file_location(
-            name, file, submodule_search_locations=[str(folder)] if folder.is_dir() else None
-        )
-        sys.modules[name] = module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-    return sys.modules[name]
+def part_of(package: str, path: str) -> ModuleType:
+    """A part of an installed package, or the test is skipped."""
+    try:
+        return submodule(package, path)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def draw(seed, name, ignored=True):
@@ -127,7 +113,7 @@ def test_every_preset_is_restated():
 @pytest.mark.parametrize("name", ["smp-dice", "smp-jaccard", "smp-tversky"])
 @pytest.mark.parametrize("smooth", [0.0, 1.0])
 def test_segmentation_models_pytorch_itself(name, smooth):
-    smp = submodule("segmentation_models_pytorch", "losses")
+    smp = part_of("segmentation_models_pytorch", "losses")
 
     def original(logits, target, use_sigmoid, rule, weights):
         if use_sigmoid and logits.shape[1] > 1:  # multilabel takes one label map a class
@@ -187,7 +173,7 @@ def test_monai_itself(name, batch, squared):
 
 @pytest.mark.parametrize("do_bg", [True, False])
 def test_nnunet_itself(do_bg):
-    dice = submodule("nnunetv2", "training.loss.dice")
+    dice = part_of("nnunetv2", "training.loss.dice")
 
     def original(logits, target, use_sigmoid, rule, weights):
         if logits.shape[1] == 1:
@@ -235,7 +221,7 @@ def test_mmseg_dice_itself(naive):
 
     def original(logits, target, use_sigmoid, rule, weights):
         if logits.shape[1] == 1:
-            # For one channel it would take label 0 as the class; heads of mmseg give it so.
+            # It takes label 0 as the class of one channel, unlike mmseg's cross-entropy.
             target = 1 - target
         return losses.DiceLoss(use_sigmoid=use_sigmoid, naive_dice=naive)(logits, target)
 

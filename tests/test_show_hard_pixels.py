@@ -127,6 +127,21 @@ def test_no_images_leaves_out_the_data(tool, tmp_path, checkpoint):
     assert "Photographs and labels are left out" in page
 
 
+def test_nothing_of_an_earlier_run_remains(tool, tmp_path, checkpoint):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("001_holiday.png", "mine.png"):  # not ours: no page lies beside it
+        (folder / name).write_bytes(b"x")
+    tool(OHEM, checkpoint, "--out-dir", folder, "--num-images", 3)
+    assert len(list(folder.glob("*.png"))) == 5
+    (folder / "001_holiday.png").unlink()
+    tool(OHEM, checkpoint, "--out-dir", folder, "--no-images", "--num-images", 1)
+    (picture,) = folder.glob("0*.png")
+    page = (folder / "index.html").read_text()
+    assert picture.name in page
+    assert (folder / "mine.png").exists()
+
+
 def test_train_split_is_read_without_augmentation(tool, tmp_path, checkpoint):
     pages = []
     for _ in range(2):
@@ -170,7 +185,7 @@ def test_mistakes_end_in_one_sentence(tool, tmp_path, checkpoint):
         torch.save(changed, tmp_path / "bad.pth")
         code, _, err = tool(OHEM, "bad.pth")
         assert code == 2
-        assert err.splitlines()[-1].startswith("error: bad.pth does not fit the model: ")
+        assert err.splitlines()[-1].startswith("error: the checkpoint 'bad.pth' does not fit")
         assert message in err
 
 

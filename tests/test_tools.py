@@ -1,3 +1,4 @@
+import argparse
 import importlib.util
 import os
 import pickle
@@ -17,11 +18,14 @@ from ohem_mm.config import config_path
 
 pytest.importorskip("mmseg")
 
-from mmengine.config import Config
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 
 from ohem_mm import cli
+from ohem_mm.cli import checks, configs, inspection, process
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
@@ -56,7 +60,7 @@ def tool(monkeypatch, capsys):
 
 def load(config, *options):
     """Load a config as the tools do."""
-    parser = cli.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("--work-dir")
     cli.add_common_arguments(parser)
@@ -192,6 +196,117 @@ def test_missing_checkpoint_lists_what_is_there(tool):
     assert message == "error: there is no checkpoint 'iter_9.pth'; that folder has: iter_8.pth\n"
 
 
+def test_settings_that_fail_at_the_first_batch_are_refused(tool):
+    loss = "model.decode_head.loss_decode"
+    for option, expected in (
+        (f"{loss}.always_keep=[17]", "always_keep names class 17, but there are 10 classes. "),
+        (f"{loss}.class_weight=[1,2,3]", "class_weight has 3 entries, but there are 10 classes. "),
+        (f"{loss}.type=OhemCrossEntropyLos", "did you mean 'OhemCrossEntropyLoss'"),
+        ("custom_hooks=[dict(type=FusedOhemHok)]", "did you mean 'FusedOhemHook'?"),
+        ("custom_hooks=[FusedOhemHook]", "custom_hooks.0 is 'FusedOhemHook', and must be a dict"),
+    ):
+        code, message = tool("train", OHEM, "--cfg-options", option)
+        assert code == 2
+        assert one_sentence(message)
+        assert expected in message
+    assert not Path("work_dirs").exists()
+
+
+def test_double_mining_is_said(capsys):
+    sampler = "model.decode_head.sampler=dict(type=OHEMPixelSampler, thresh=0.7)"
+    inspection.check(load(OHEM, sampler))
+    err = capsys.readouterr().err
+    assert "warning: decode_head.sampler: OHEMPixelSampler picks pixels, and Ohem" in err
+    assert "again among all of them. Remedy: delete the sampler.\n" in err
+    inspection.check(load(OHEM))
+    assert capsys.readouterr().err == ""
+
+
+def test_files_that_are_no_configs(tool):
+    Path("README.md").write_text("# Hello")
+    Path("broken.py").write_text("model = dict(")
+    Path("typo.py").write_text("model = dict(a=b)")
+    for name in ("README.md", "broken.py", "typo.py"):
+        code, message = tool("train", name)
+        assert code == 2
+        assert one_sentence(message)
+        assert f"{name} is no config: " in message
+
+
+def test_work_dirs_that_cannot_be(tool):
+    Path("file").touch()
+    for folder in ("file", "file/below"):
+        code, message = tool("train", OHEM, "--work-dir", folder)
+        assert code == 2
+        assert one_sentence(message)
+        assert f"the work dir '{folder}' cannot be written to (" in message
+
+
+def test_work_dirs_that_are_in_use(capsys):
+    cfg = Config({"work_dir": "w"})
+    cli.check_work_dir(cfg)
+    assert capsys.readouterr().err == ""
+    Path("w/iter_10.pth").touch()
+    cli.check_work_dir(cfg)
+    assert "warning: 'w' has checkpoints of an earlier run (iter_10.pth), which will be mixed" in (
+        capsys.readouterr().err
+    )
+    cli.check_work_dir(Config({"work_dir": "w", "resume": True}))
+    assert capsys.readouterr().err == ""
+    # A lock holds against other processes, not against this one.
+    code = "from mmengine import Config; from ohem_mm import cli; "
+    code += "cli.check_work_dir(Config({'work_dir': 'w'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "warning: another process trains in 'w' now" in done.stderr
+
+
+def test_two_checkpoints_are_kept():
+    assert load(OHEM).default_hooks.checkpoint.max_keep_ckpts == 1
+    for asked, kept in ((1, 2), (3, 3), (-1, -1)):
+        cfg = load(OHEM, f"default_hooks.checkpoint.max_keep_ckpts={asked}")
+        cli.keep_two_checkpoints(cfg)
+        assert cfg.default_hooks.checkpoint.max_keep_ckpts == kept
+    cli.keep_two_checkpoints(Config({"default_hooks": {"checkpoint": None}}))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_ends_in_a_sentence(capsys):
+    assert cli.run(lambda: Path("/dev/full").write_text("x")) == 2
+    message = capsys.readouterr().err
+    assert one_sentence(message)
+    assert "the disk is full" in message
+    with pytest.raises(FileNotFoundError):  # any other is not the user's
+        cli.run(lambda: Path("nowhere/x").write_text("x"))
+
+
+@pytest.mark.parametrize("content", ["", "half a checkpoint"])
+def test_checkpoints_that_cannot_be_read(tool, content):
+    Path("x.pth").write_text(content)
+    code, message = tool("train", OHEM, "--cfg-options", "load_from=x.pth")
+    assert code == 2
+    assert one_sentence(message)
+    assert "the checkpoint 'x.pth' " in message
+
+
+def test_testing_with_the_checkpoint_of_another_model(tool):
+    torch.save({"state_dict": {"backbone.x": torch.zeros(1)}, "meta": {}}, "other.pth")
+    code, message = tool("test", OHEM, "other.pth", "--cfg-options", *SMALL_TEST)
+    assert code == 2
+    assert message.endswith("\n")
+    assert (
+        "error: the checkpoint 'other.pth' does not fit the model: it has no backbone." in message
+    )
+
+
+def test_resuming_from_the_checkpoint_of_another_model(tool):
+    Path("w").mkdir()
+    state = {"state_dict": {"backbone.x": torch.zeros(1)}, "meta": {"iter": 3, "epoch": 0}}
+    torch.save(state, "w/iter_3.pth")
+    code, message = tool("train", OHEM, "--resume", "--work-dir", "w")
+    assert code == 2
+    assert "error: the checkpoint 'w/iter_3.pth' does not fit the model: it has no back" in message
+
+
 def test_resume_from_a_checkpoint_that_was_deleted(tool):
     Path("last_checkpoint").write_text("gone.pth")
     code, message = tool("train", OHEM, "--resume", "--work-dir", ".")
@@ -201,7 +316,8 @@ def test_resume_from_a_checkpoint_that_was_deleted(tool):
 
 
 def test_amp_without_a_gpu(tool, monkeypatch):
-    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: "cpu")
     options = ["optim_wrapper.type=AmpOptimWrapper"]
     code, message = tool("train", OHEM, "--cfg-options", *options)
     assert code == 2
@@ -211,7 +327,8 @@ def test_amp_without_a_gpu(tool, monkeypatch):
 
 
 def test_mixed_precision_and_channels_last_on_a_cpu(tool, monkeypatch):
-    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: "cpu")
     seen = {}
 
     class Watch(Hook):
@@ -248,7 +365,8 @@ def test_mixed_precision_and_channels_last_on_a_cpu(tool, monkeypatch):
 
 
 def test_launcher_without_torchrun(monkeypatch):
-    monkeypatch.setattr(cli, "get_device", lambda: "cpu")
+    for module in (checks, configs):
+        monkeypatch.setattr(module, "get_device", lambda: "cpu")
     with pytest.raises(cli.UserError, match="needs torchrun"):
         cli.build_runner(Config(dict(launcher="pytorch")))
     with pytest.raises(cli.UserError, match="slurm needs GPUs"):
@@ -264,6 +382,7 @@ def test_launcher_without_torchrun(monkeypatch):
         ),
         ("optim_wraper.optimizer.lr=1", "the config has no 'optim_wraper'; did you mean"),
         ("work_dirs=x", "did you mean 'work_dir'?"),
+        ("param_schedulers=x", "did you mean 'param_scheduler'?"),
         (
             "param_scheduler.2.begin=3",
             "param_scheduler is a list, so '2' must be an index from 0 to 1",
@@ -283,6 +402,14 @@ def test_option_without_a_value(capsys):
     with pytest.raises(SystemExit, match="2"):
         load(CE, "train_cfg.max_iters")
     assert "expected KEY=VALUE, got 'train_cfg.max_iters'" in capsys.readouterr().err
+
+
+def test_the_tools_do_not_pass_on_what_mmseg_lacks():
+    code = "import argparse; from ohem_mm import cli; "
+    code += f"cli.load_config(argparse.Namespace(config={CE!r}, cfg_options={{}}, launcher='none', "
+    code += "local_rank=0, work_dir=None))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_new_keys_are_allowed_and_odd_ones_are_reported(capsys):
@@ -347,6 +474,74 @@ def test_lists_and_nested_options():
     cfg = load(CE, "param_scheduler.0.end=7", "model.backbone.strides=(2,1,1,1)")
     assert cfg.param_scheduler[0].end == 7
     assert cfg.model.backbone.strides == (2, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-1e-3", -1e-3),
+        ("true", True),
+        ("None", None),
+        ("word", "word"),
+        ("/data/Cam Vid/x", "/data/Cam Vid/x"),
+        ("/data/o'neil (copy)", "/data/o'neil (copy)"),
+        ("/data/x(1", "/data/x(1"),
+        ("'a, b'", "a, b"),
+        ("a,b", ["a", "b"]),
+        ("a,", ["a"]),
+        ("[]", []),
+        ("[a b, 2,(3, [x])]", ["a b", 2, (3, ["x"])]),
+        ("(1,)", (1,)),
+        ("'[1,2]'", [1, 2]),
+        ("['a,b', c]", ["a,b", "c"]),
+        ("dict()", {}),
+        ('[dict(type="FusedOhemHook")]', [{"type": "FusedOhemHook"}]),
+        ("dict(type=X, thresh=dict(start=0.9), l=[1,2])",
+         {"type": "X", "thresh": {"start": 0.9}, "l": [1, 2]}),
+        ("{'a': [1, None]}", {"a": [1, None]}),
+    ],
+)  # fmt: skip
+def test_values_on_the_command_line(text, value):
+    assert cli.parse_value(text) == value
+    assert type(cli.parse_value(text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["[1,2", "(a", "dict(3)", "{x}"])
+def test_values_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        load(CE, f"model.x={text}")
+    assert f"--cfg-options model.x: {text!r} " in capsys.readouterr().err
+
+
+@given(
+    st.recursive(
+        st.integers() | st.booleans() | st.none() | st.text("ab/ _", min_size=1).map(str.strip)
+        .filter(bool),
+        lambda inner: st.lists(inner, min_size=1) | st.lists(inner, min_size=1).map(tuple),
+    ).filter(lambda value: isinstance(value, list | tuple))
+)  # fmt: skip
+def test_values_are_mmengines_where_there_are_no_blanks(value):
+    def written(node):
+        if isinstance(node, list | tuple):
+            inner = ",".join(map(written, node))
+            return f"[{inner}]" if isinstance(node, list) else f"({inner},)"
+        return str(node)
+
+    text = written(value)
+    assert cli.parse_value(text) == value
+    if " " not in text:
+        assert DictAction._parse_iterable(text) == value
+
+
+def test_a_hook_from_the_command_line():
+    cfg = load(CE, "custom_hooks=[dict(type='FusedOhemHook')]")
+    assert cfg.custom_hooks == [{"type": "FusedOhemHook"}]
+
+
+def test_a_data_root_with_blanks(tmp_path):
+    cfg = load(CHASE, f"data_root={tmp_path}/Cha se")
+    assert set(roots(cfg)) == {f"{tmp_path}/Cha se"}
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -431,6 +626,30 @@ def test_launchers_say_how_they_are_used(script):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+def test_launchers_refuse_what_cannot_be(script):
+    positional = ["config"] if script == "dist_train.sh" else ["config", "checkpoint"]
+
+    def refused(gpus, **extra):
+        done = subprocess.run(
+            ["bash", config_path(f"tools/{script}"), *positional, gpus],
+            env={**os.environ, **extra},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert one_sentence(done.stderr)
+        return done.stderr
+
+    for gpus in ("0", "abc", "-1", "2.5"):
+        assert f"GPUS is '{gpus}'" in refused(gpus)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert f"port {port} is in use" in refused("2", PORT=port)
 
 
 def test_without_mmengine_the_tools_say_what_to_install():
@@ -585,3 +804,72 @@ def test_a_rank_without_valid_pixels_neither_hangs_nor_spoils_the_run(tmp_path):
     for name, value in parameters[0].items():
         assert value.isfinite().all(), name
         assert torch.equal(value, parameters[1][name]), name
+
+
+LATE = """
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from ohem_mm import cli
+
+
+def main():
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    for _ in range(3):
+        model(torch.randn(2, 4)).sum().backward()
+    dist.broadcast(torch.zeros(3), 0)
+    if dist.get_rank() == 1:
+        time.sleep(2)
+    print(f"rank {dist.get_rank()} is done at {time.time():.3f}")
+
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_leave_together():
+    """gloo aborts now and then where a rank leaves early, after all work is done."""
+    Path("late.py").write_text(LATE)
+    for _ in range(3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "late.py"],
+                env=environment(RANK=rank, **meet),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        for number, rank in enumerate(ranks):
+            out, err = rank.communicate(timeout=120)
+            assert rank.returncode == 0, err
+            assert "terminate called" not in err
+            # What was printed just before the end is not lost in a buffer.
+            assert out.startswith(f"rank {number} is done at ")
+
+
+def test_the_end_of_a_gloo_run(monkeypatch, capsys):
+    """In this order: wait for the others, leave the group, clean up, end without C++'s clean-up."""
+    calls = []
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(process.dist, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(process.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(process.atexit, "_run_exitfuncs", lambda: calls.append("clean up"))
+    monkeypatch.setattr(process.os, "_exit", lambda code: calls.append(code))
+    monkeypatch.setattr(process.dist, "get_backend", lambda: "gloo")
+    cli.run(lambda: calls.append("work"))
+    assert calls == ["work", "barrier", "destroy_process_group", "clean up", 0]
+    calls.clear()
+    monkeypatch.setattr(process.dist, "get_backend", lambda: "nccl")
+    assert cli.run(lambda: calls.append("work")) == 0
+    assert calls == ["work", "barrier", "destroy_process_group"]

@@ -46,7 +46,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--shapes", nargs="+", type=parse_shape, help=f"{', '.join(SHAPES)} or NxCxHxW/stride"
     )
     parser.add_argument(
-        "--providers", nargs="+", help=f"names or parts of them: {', '.join(PROVIDERS)}"
+        "--providers",
+        nargs="+",
+        help=f"names or parts of them (without: those that have no plus): {', '.join(PROVIDERS)}",
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["step"])
     parser.add_argument("--acc-seg", choices=("with", "without", "both"))

@@ -29,9 +29,6 @@ from ohem_mm.bench.jobs import run_benchmark
 from ohem_mm.bench.progress import say
 from ohem_mm.bench.records import read_records
 
-# After cli, which says what to install when mmengine is missing.
-from mmengine.config import DictAction  # isort: skip
-
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
@@ -88,7 +85,7 @@ def parse_args() -> argparse.Namespace:
             "--cfg-options",
             nargs="+",
             default={},
-            action=DictAction,
+            action=cli.ConfigOptions,
             metavar="KEY=VALUE",
             help="change the config of every job",
         )

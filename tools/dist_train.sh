@@ -11,6 +11,16 @@ fi
 CONFIG=$1
 GPUS=$2
 shift 2
+if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: GPUS is '$GPUS', and must be a number of processes, 1 or more" >&2
+    exit 2
+fi
+PORT=${PORT:-29500}
+# Something listens there already; on the first node, where this run wants to listen itself.
+if [ "${NODE_RANK:-0}" = 0 ] && (: <"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
+    echo "error: port $PORT is in use, by another run perhaps; set PORT to a free one" >&2
+    exit 2
+fi
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # The checkout's own package, where there is one, goes before an installed one.
@@ -19,6 +29,6 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
+    --master_port="$PORT" \
     --nproc_per_node="$GPUS" \
     "$TOOLS/train.py" "$CONFIG" --launcher pytorch "$@"

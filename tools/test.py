@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ohem_mm import cli
+from ohem_mm.cli import checkpoints
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Test a segmentor and print its IoU per class.")
-    parser.add_argument(
-        "config",
-        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
-        '"python -m ohem_mm.config --list" prints them all',
-    )
+    cli.add_config_argument(parser)
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--work-dir", help="folder for logs and the metrics as JSON")
     parser.add_argument("--out", help="folder for the predicted label maps, one PNG per image")
@@ -82,6 +79,8 @@ def main() -> None:
     """Test."""
     args = parse_args()
     cfg = cli.load_config(args)
+    from ohem_mm.cli import labels  # needs mmseg, which has been looked for now
+
     for key in ("test_dataloader", "test_evaluator", "test_cfg"):
         if cfg.get(key) is None:
             raise cli.UserError(f"the config has no {key}, so there is nothing to test on")
@@ -96,7 +95,13 @@ def main() -> None:
     cli.check_datasets(cfg, ("test",))
     if args.tta:
         apply_tta(cfg)
-    cli.build_runner(cfg).test()
+    runner = cli.build_runner(cfg)
+    checkpoints.load_weights(runner.model, args.checkpoint)
+    try:
+        runner.test()
+    except Exception as error:
+        labels.explain(cfg, ("test",), error)
+        raise
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 # On a CPU, torch's threads spin while they wait for each other. Beside a data loader that takes the
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ohem_mm import cli
+from ohem_mm.cli import checkpoints, inspection
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train a segmentor.")
-    parser.add_argument(
-        "config",
-        help="path of a config, or the name of a shipped one (quickstart/..., ohem_mm::...); "
-        '"python -m ohem_mm.config --list" prints them all',
-    )
+    cli.add_config_argument(parser)
     parser.add_argument("--work-dir", help="folder for logs and checkpoints")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
@@ -45,10 +41,8 @@ def apply_resume(cfg: Config) -> None:
     cfg.resume = True
     if cfg.get("load_from") is not None:
         return
-    marker = Path(cfg.work_dir, "last_checkpoint")
-    if marker.is_file():
-        cli.check_checkpoint(marker.read_text().strip())
-    else:
+    cfg.load_from = checkpoints.find_resume(cfg.work_dir)
+    if cfg.load_from is None:
         print(
             f"warning: --resume: {cfg.work_dir!r} has no checkpoint, so training starts from "
             "the beginning",
@@ -60,20 +54,33 @@ def main() -> None:
     """Train."""
     args = parse_args()
     cfg = cli.load_config(args)
+    from ohem_mm.cli import labels  # needs mmseg, which has been looked for now
+
     if args.amp:
         cli.use_amp(cfg)
     if args.channels_last:
         cli.use_channels_last(cfg)
-    if args.resume:
+    if args.resume or cfg.get("resume"):
         apply_resume(cfg)
     cli.check_losses(cfg)
     cli.check_hooks(cfg)
+    inspection.check(cfg)
     cli.check_amp_device(cfg)
     cli.check_pretrained(cfg)
-    if cfg.get("load_from"):
-        cli.check_checkpoint(cfg.load_from)
+    if cfg.get("load_from") and cli.is_local(cfg.load_from):
+        checkpoints.read(cfg.load_from)
     cli.check_datasets(cfg, ("train", "val"))
-    cli.build_runner(cfg).train()
+    labels.check_labels(cfg)
+    cli.check_work_dir(cfg)
+    cli.keep_two_checkpoints(cfg)
+    runner = cli.build_runner(cfg)
+    if cfg.get("resume") and cfg.get("load_from"):
+        checkpoints.check_resume(cfg, runner.model, cfg.load_from)
+    try:
+        runner.train()
+    except Exception as error:
+        labels.explain(cfg, ("train", "val"), error)
+        raise
 
 
 if __name__ == "__main__":

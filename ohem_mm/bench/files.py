@@ -18,9 +18,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from ohem_mm import cli
-from ohem_mm.config import config_path
-
-__all__ = ["Axis", "Benchmark", "Tune", "Variant", "check_shared_value", "load_benchmark"]
+from ohem_mm.config import UnknownConfigError, config_path
 
 
 @dataclass(frozen=True)
@@ -151,10 +149,20 @@ def load_benchmark(name: str) -> Benchmark:
         name: Its path, or its name below ``configs/`` (``quickstart/benchmark.yaml``).
 
     Raises:
-        UserError: Something in it is missing, misspelt or out of range.
-        UnknownConfigError: There is no such file.
+        UserError: There is no such file, or something in it is missing, misspelt or out of range.
     """
-    path = config_path(name)
+    try:
+        path = config_path(name)
+    except UnknownConfigError:
+        configs = config_path("tools/train.py").parents[1] / "configs"
+        shipped = sorted(
+            file.relative_to(configs).as_posix()
+            for file in configs.rglob("*.yaml")
+            if file.name != "metafile.yaml"
+        )
+        raise cli.UserError(
+            f"no benchmark file is called {name!r}; those that ship are {', '.join(shipped)}"
+        ) from None
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except yaml.YAMLError as error:

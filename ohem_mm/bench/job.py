@@ -14,7 +14,6 @@ import statistics
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ import torch
 
 from ohem_mm import cli
 from ohem_mm.bench.provenance import provenance
-from ohem_mm.bench.records import lock, write_json
+from ohem_mm.cli.checkpoints import numbered
+from ohem_mm.disk import lock, write_json
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
 from mmengine.hooks import Hook  # isort: skip
-
-__all__ = ["JobHook", "latest_checkpoint", "run_job"]
 
 HASHED_BATCHES = 10
 MIB = 2**20
@@ -155,13 +153,7 @@ def end_with_parent() -> None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint: a kill may have torn the last one."""
-    steps = {}
-    for path in folder.glob("*.pth"):
-        found = re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name)
-        # The table of contents of a zip file, which a checkpoint is, lies at its end.
-        if found and zipfile.is_zipfile(path):
-            steps[int(found.group(1))] = path
-    return steps[max(steps)] if steps else None
+    return next(iter(numbered(folder)), None)
 
 
 def run_job(file: Path) -> None:

@@ -22,21 +22,13 @@ import ohem_mm
 from ohem_mm import cli
 from ohem_mm.bench.files import Benchmark, Tune, Variant, check_shared_value
 from ohem_mm.bench.progress import display_for, say
-from ohem_mm.bench.records import (
-    append_record,
-    lock,
-    read_json,
-    read_records,
-    record_key,
-    write_json,
-)
+from ohem_mm.bench.records import append_record, read_records, record_key
 from ohem_mm.bench.text import clock
 from ohem_mm.bench.tuning import Choice, choose, drops
+from ohem_mm.disk import lock, read_json, write_json
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
-
-__all__ = ["Job", "Plan", "run_benchmark"]
 
 POLL = 0.3  # seconds between two looks at the running jobs
 
@@ -271,9 +263,7 @@ def _variant_config(
     checkpoint = cfg.default_hooks.get("checkpoint")
     if checkpoint is None:
         raise cli.UserError("default_hooks.checkpoint is missing, and a killed job could not go on")
-    # mmengine deletes the oldest checkpoint before it writes the next one.
-    if 0 < checkpoint.get("max_keep_ckpts", -1) < 2:
-        checkpoint["max_keep_ckpts"] = 2
+    cli.keep_two_checkpoints(cfg)
     if not any(
         cli.type_name(node) == "IoUMetric" for _, node in cli.iter_dicts(cfg.test_evaluator)
     ):

@@ -7,10 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ohem_mm.bench.drawing import COLOURS, draw_band, drawing, save
 from ohem_mm.bench.report import Results, grid_maps
-
-__all__ = ["plot"]
+from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 
 
 def plot(results: Results, folder: Path) -> list[Path]:

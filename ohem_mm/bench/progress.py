@@ -11,8 +11,6 @@ from typing import Any
 from ohem_mm.bench.text import clock
 from ohem_mm.errors import need
 
-__all__ = ["Display", "display_for", "say"]
-
 PLAIN_EVERY = 60  # seconds between two lines of progress where there is no terminal
 
 

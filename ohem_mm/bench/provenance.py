@@ -15,8 +15,6 @@ import torch
 import ohem_mm
 from ohem_mm.config import config_path
 
-__all__ = ["provenance", "versions"]
-
 
 def provenance() -> dict[str, Any]:
     """Commit, versions and hardware of this process."""

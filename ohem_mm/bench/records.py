@@ -6,11 +6,10 @@ Lines are only ever appended. A kill may tear the last one; it then does not cou
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ohem_mm.disk import extend
 from ohem_mm.errors import UserError
 
 
@@ -54,54 +53,3 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode(), torn
 
     extend(path, more)
-
-
-def extend(path: Path, more: Callable[[bytes], tuple[bytes, int]]) -> None:
-    """Append whole lines to a file, which is locked meanwhile, and have them on the disk.
-
-    Args:
-        path: The file; it and its folder are made if need be.
-        more: From what the file holds: what to append, and how many bytes to cut off before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        lock(file, wait=True)
-        file.seek(0)
-        # Closing another handle of the file would end the lock.
-        content = file.read()
-        addition, torn = more(content)
-        if not addition:
-            return
-        file.truncate(len(content) - torn)
-        if not torn and content and not content.endswith(b"\n"):
-            file.write(b"\n")
-        file.write(addition)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def lock(file: Any, wait: bool) -> bool:
-    """Lock an open file for this process; the lock ends with the process, however it ends.
-
-    Record locks, not flock: processes forked from this one (data loaders) do not hold them.
-    """
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file at once, so that a kill leaves the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, ensure_ascii=False)
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; None when there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None

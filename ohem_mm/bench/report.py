@@ -436,7 +436,9 @@ def _pairing(results: Results) -> str:
         sentences = ["Runs of one seed have the same initial weights and order of the images."]
     resumed = sum(bool(run["resumed"]) for run in results.records)
     if resumed:
-        sentences.append(f"{resumed} of the runs were interrupted and resumed.")
+        sentences.append(
+            f"{resumed} of the runs {'was' if resumed == 1 else 'were'} interrupted and resumed."
+        )
     return " ".join(sentences)
 
 
@@ -508,7 +510,9 @@ def write(file: Path, name: str, text: str) -> None:
         UserError: The file does not exist or lacks the marks.
     """
     start, end = MARKS[0].format(name), MARKS[1]
-    content = file.read_text() if file.is_file() else ""
+    if not file.is_file():
+        raise UserError(f"there is no page {str(file)!r} to put the report into")
+    content = file.read_text()
     head, found, rest = content.partition(start)
     _, closed, tail = rest.partition(end)
     if not found or not closed:

@@ -6,17 +6,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "clock",
-    "difference",
-    "half_width",
-    "half_width_of",
-    "least_shown",
-    "mean_std",
-    "pooled",
-    "table",
-]
-
 
 def clock(seconds: float | None) -> str:
     """1:05 or 2:03:04."""

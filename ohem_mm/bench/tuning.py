@@ -13,8 +13,6 @@ from typing import Any
 
 from ohem_mm.bench.files import Benchmark
 
-__all__ = ["Choice", "choose", "drops", "tuning_score"]
-
 Run = dict[str, Any]
 
 

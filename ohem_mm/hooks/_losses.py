@@ -21,6 +21,12 @@ def unwrap(model: Any) -> nn.Module:
     return inner
 
 
+def losses_of(head: Any) -> list[nn.Module]:
+    """The losses of a decode head of mmseg."""
+    found = head.loss_decode
+    return list(found) if isinstance(found, nn.ModuleList) else [found]
+
+
 def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
     """Every :class:`OhemCrossEntropyLoss` of a model.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..joint import joint_losses
 from ..loss import OhemCrossEntropyLoss
 from ..region import RegionLoss
-from ._losses import unwrap
+from ._losses import losses_of, unwrap
 
 __all__ = ["FusedOhemHook"]
 
@@ -85,30 +85,37 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
     from mmseg.models.decode_heads import DDRHead, PIDHead
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
-    losses = _losses(head)
+    if not hasattr(head, "loss_decode"):
+        return None, "it has no loss of its own"
+    losses = losses_of(head)
     method = type(head).loss_by_feat
     if method is PIDHead.loss_by_feat:
         if not all(_fits(losses[place], head) for place in (1, 3)):
             return None, f"its losses 1 and 3 are not both {OhemCrossEntropyLoss.__name__}"
         return _pid_loss, "" if _fits(losses[0], head) else ", but for its loss 0"
-    strangers = [type(loss).__name__ for loss in losses if not _fits(loss, head)]
+    if method not in (DDRHead.loss_by_feat, BaseDecodeHead.loss_by_feat):
+        return None, f"{type(head).__name__} computes its loss in a way of its own"
+    strangers = [
+        type(loss).__name__
+        for loss in losses
+        if not isinstance(loss, OhemCrossEntropyLoss | RegionLoss)
+    ]
     if strangers:
         reason = f"{', '.join(strangers)} needs the upsampled logits"
         if "CrossEntropyLoss" in strangers and any(_fits(loss, head) for loss in losses):
             reason += "; OhemCrossEntropyLoss with thresh=None, min_kept=1.0 does not"
         return None, reason
+    others = [str(loss.ignore_index) for loss in losses if not _fits(loss, head)]
+    if others:
+        return None, (
+            f"acc_seg leaves out the head's ignore_index, {head.ignore_index}, and the loss its "
+            f"own, {', '.join(others)}"
+        )
     if method is DDRHead.loss_by_feat:
         return _ddr_loss, ""
-    if method is not BaseDecodeHead.loss_by_feat:
-        return None, f"{type(head).__name__} computes its loss in a way of its own"
     if head.sampler is not None:
         return None, f"{type(head.sampler).__name__} needs the upsampled logits"
     return _plain_loss, ""
-
-
-def _losses(head: Any) -> list[nn.Module]:
-    found = head.loss_decode
-    return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
 def _fits(loss: nn.Module, head: Any) -> bool:
@@ -144,7 +151,7 @@ def _plain_loss(head: Any, seg_logits: Tensor, batch_data_samples: Any) -> Losse
         return whole
     out: Losses = {}
     stats: dict[str, Tensor] = {}
-    losses: Any = _losses(head)
+    losses: Any = losses_of(head)
     values = joint_losses(
         losses,
         seg_logits,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ohem_mm.bench.heads import make_samples
 from ohem_mm.bench.speed.problems import (
     TOLERANCE,
     Problem,
@@ -21,13 +22,10 @@ from ohem_mm.bench.speed.providers import (
     PROVIDERS,
     UnavailableError,
     backend,
-    make_samples,
     need_backend,
     need_mmseg,
 )
 from ohem_mm.config import config_path
-
-__all__ = ["NETWORKS", "Job", "head_job", "network_job"]
 
 NETWORKS = {
     "bisenetv2": "bisenetv2/bisenetv2_fcn_4xb4{}-160k_cityscapes-1024x1024",

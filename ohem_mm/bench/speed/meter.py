@@ -16,8 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from ohem_mm.bench.speed.jobs import Job
 
-__all__ = ["Meter", "cpu_peak"]
-
 
 class Meter:
     """Times phases and tracks memory on one device."""

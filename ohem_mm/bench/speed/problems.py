@@ -14,25 +14,6 @@ from torch.nn import functional as F
 
 from ohem_mm.errors import UserError
 
-__all__ = [
-    "HARD",
-    "IGNORE",
-    "SHAPES",
-    "SHARE",
-    "THRESH",
-    "TOLERANCE",
-    "Problem",
-    "Shape",
-    "Truth",
-    "WrongValueError",
-    "check",
-    "make_labels",
-    "make_problem",
-    "measure_truth",
-    "parse_image",
-    "parse_shape",
-]
-
 SHAPES = {
     "cityscapes-s8": "4x19x1024x1024/8",
     "ade20k-s4": "16x150x512x512/4",

@@ -17,7 +17,9 @@ import torch._inductor.exc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops, reference
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ohem_cross_entropy, ops, reference
+from ohem_mm.bench.heads import bare_head, make_samples
+from ohem_mm.bench.peers import submodule
 from ohem_mm.bench.speed.problems import (
     IGNORE,
     SHARE,
@@ -29,20 +31,7 @@ from ohem_mm.bench.speed.problems import (
     make_problem,
 )
 from ohem_mm.errors import UserError
-
-__all__ = [
-    "BASELINE",
-    "PROVIDERS",
-    "Provider",
-    "Step",
-    "UnavailableError",
-    "backend",
-    "check_formula",
-    "choose_providers",
-    "make_samples",
-    "need_backend",
-    "need_mmseg",
-]
+from ohem_mm.joint import joint_losses
 
 BASELINE = "mmseg sampler thresh"
 
@@ -81,14 +70,67 @@ def _mmseg_ohem(truth: Truth) -> Tensor:
     return reference.hrnet(truth.pairs, truth.target, thresh=THRESH, min_kept=k)
 
 
+def _valid_mean(truth: Truth) -> Tensor:
+    return F.cross_entropy(truth.pairs, truth.target, ignore_index=IGNORE)
+
+
+def _dice(truth: Truth, preset: str | None = None) -> Tensor:
+    with backend("portable"):
+        value: Tensor = RegionLoss(preset=preset)(truth.logits.double(), truth.labels)
+    return value
+
+
+def _ce_dice(truth: Truth) -> Tensor:
+    return _valid_mean(truth) + _dice(truth)
+
+
+def _ohem_dice(truth: Truth) -> Tensor:
+    return _ohem(truth) + _dice(truth)
+
+
+def _ce_smp_dice(truth: Truth) -> Tensor:
+    return _plain(truth) + _dice(truth, "smp-dice")
+
+
+def _probabilities(truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each image the probabilities, float64, (C, H, W), and the labels."""
+    for image, labels in zip(truth.logits, truth.labels, strict=True):
+        yield upsampled(image[None].double(), labels[None]).softmax(1)[0], labels
+
+
+def _ce_mmseg_dice(truth: Truth) -> Tensor:
+    losses = []
+    for p, labels in _probabilities(truth):
+        hit = p.gather(0, torch.where(labels == IGNORE, 0, labels)[None])[0]
+        hit = torch.where(labels == IGNORE, 0, hit).sum()
+        # What is predicted at ignored pixels counts.
+        losses.append(1 - 2 * hit / (p.square().sum() + (labels != IGNORE).sum() + 2e-3))
+    return _plain(truth) + torch.stack(losses).mean()
+
+
+def _ce_lovasz(truth: Truth) -> Tensor:
+    """Lovasz extension of the Jaccard loss of each class present; Berman et al., CVPR 2018."""
+    parts = [(p.float()[:, t != IGNORE], t[t != IGNORE]) for p, t in _probabilities(truth)]
+    p, labels = torch.cat([p for p, _ in parts], 1), torch.cat([t for _, t in parts])
+    losses = []
+    for place, own in enumerate(p):
+        hot = (labels == place).double()
+        if hot.any():
+            error, order = (hot - own).abs().sort(descending=True)
+            missed = hot.sum() - hot[order].cumsum(0)
+            jaccard = 1 - missed / (hot.sum() + (1 - hot[order]).cumsum(0))
+            losses.append(error @ torch.diff(jaccard, prepend=jaccard.new_zeros(1)))
+    return _plain(truth) + torch.stack(losses).mean()
+
+
 def check_formula() -> None:
-    """Compare the float64 path that checks our own providers with the oracle, on a small input."""
+    """Compare the float64 paths that check our own providers with the oracle, on a small input."""
     problem = make_problem(Shape(2, 5, 24, 32, 4), "cpu")
-    oracle = reference.ohem_cross_entropy(
-        problem.logits.detach(), problem.labels, thresh=THRESH, min_kept=SHARE
-    )
-    expected, value = float(oracle), float(_ohem(problem.truth))
-    check("the float64 formula on a small input", value, expected, 1e-9)
+    logits, labels = problem.logits.detach(), problem.labels
+    oracle = reference.ohem_cross_entropy(logits, labels, thresh=THRESH, min_kept=SHARE)
+    check("the float64 formula on a small input", float(_ohem(problem.truth)), float(oracle), 1e-9)
+    oracle = reference.region_loss(logits, labels)
+    check("that of the overlap on a small input", float(_dice(problem.truth)), float(oracle), 1e-9)
 
 
 # --- what a provider needs -----------------------------------------------------------------------
@@ -130,28 +172,12 @@ def need_mmseg() -> None:
     init_default_scope("mmseg")
 
 
-def build_head(problem: Problem, loss: Settings, sampler: Settings | None = None) -> Any:
-    """A decode head of mmseg of which only the loss is used."""
+def build_head(
+    problem: Problem, loss: Settings | list[Settings], sampler: Settings | None = None
+) -> Any:
+    """A decode head of mmseg for a problem."""
     need_mmseg()
-    from mmseg.models.decode_heads import FCNHead
-
-    return FCNHead(
-        in_channels=1,
-        channels=1,
-        num_convs=0,
-        concat_input=False,
-        num_classes=problem.shape.c,
-        sampler=sampler,
-        loss_decode=loss,
-    ).to(problem.logits.device)
-
-
-def make_samples(labels: Tensor) -> list[Any]:
-    """Labels as mmseg's heads take them."""
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    return [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
+    return bare_head(problem.shape.c, loss, sampler=sampler).to(problem.logits.device)
 
 
 def our_loss() -> OhemCrossEntropyLoss:
@@ -194,12 +220,96 @@ def fused_hook(problem: Problem, acc_seg: bool) -> Step:
     return by_feat(head, make_samples(problem.labels), "loss_ohem")
 
 
-def by_feat(head: Any, samples: list[Any], name: str) -> Step:
-    """Upsampling, loss and accuracy as a head of mmseg does them."""
+def by_feat(head: Any, samples: list[Any], *names: str) -> Step:
+    """Upsampling, loss and accuracy as a head of mmseg does them; losses are added up."""
 
     def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
         out = head.loss_by_feat(logits, samples)
-        return out[name], out["acc_seg"]
+        return sum((out[name] for name in names[1:]), out[names[0]]), out["acc_seg"]
+
+    return step
+
+
+PAIR: list[Settings] = [
+    {
+        "type": "OhemCrossEntropyLoss",
+        "thresh": None,
+        "min_kept": 1.0,
+        "loss_name": "loss_ce",
+    },
+    {"type": "RegionLoss"},
+]
+
+
+def fused_pair(problem: Problem, acc_seg: bool) -> Step:
+    """A head with plain cross-entropy and the region term, as FusedOhemHook leaves it."""
+    if not acc_seg:
+        raise UnavailableError("a fused head always counts acc_seg")
+    head = build_head(problem, PAIR)
+    from ohem_mm.hooks.fused import fuse_heads
+
+    fuse_heads(nn.ModuleDict({"head": head}), [])
+    return by_feat(head, make_samples(problem.labels), "loss_ce", "loss_region")
+
+
+def direct_pair(name: str, ohem: bool = False) -> Build:
+    """Our cross-entropy, with or without mining, and Dice in one call, in one implementation."""
+
+    def build(problem: Problem, acc_seg: bool) -> Step:
+        need_backend(name, problem.logits)
+        plain = OhemCrossEntropyLoss(thresh=None, min_kept=1.0, ignore_index=IGNORE)
+        region = RegionLoss(ignore_index=IGNORE)
+        pair: list[OhemCrossEntropyLoss | RegionLoss] = [our_loss() if ohem else plain, region]
+
+        def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+            stats: dict[str, Tensor] | None = {} if acc_seg else None
+            with backend(name):
+                first, second = joint_losses(pair, logits, problem.labels, stats=stats)
+            if stats is None:
+                return first + second, None
+            return first + second, 100 * stats["hits"] / stats["num_valid"]
+
+        return step
+
+    return build
+
+
+def mmseg_pair(**second: Any) -> Build:
+    """mmseg's CrossEntropyLoss and another of its losses in a head."""
+
+    def build(problem: Problem, acc_seg: bool) -> Step:
+        need_mmseg()
+        head = build_head(problem, [{"type": "CrossEntropyLoss"}, second])
+        first, other = head.loss_decode
+        if acc_seg:
+            return by_feat(head, make_samples(problem.labels), "loss_ce", other.loss_name)
+
+        def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+            wide, labels = upsampled(logits, problem.labels), problem.labels
+            options = {"ignore_index": IGNORE}
+            return first(wide, labels, **options) + other(wide, labels, **options), None
+
+        return step
+
+    return build
+
+
+def smp_dice(problem: Problem, acc_seg: bool) -> Step:
+    """Cross-entropy and the DiceLoss of segmentation_models_pytorch."""
+    try:
+        losses = submodule("segmentation_models_pytorch", "losses")
+    except ImportError as error:
+        raise UnavailableError(f"it needs segmentation_models_pytorch ({error})") from error
+    loss, labels = losses.DiceLoss("multiclass", ignore_index=IGNORE), problem.labels
+
+    def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide = upsampled(logits, labels)
+        total = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")
+        seen = None
+        if acc_seg:
+            hits = (wide.detach().argmax(1) == labels).sum()
+            seen = 100 * hits / (labels != IGNORE).sum()
+        return total / labels.numel() + loss(wide, labels), seen
 
     return step
 
@@ -305,17 +415,35 @@ PROVIDERS = {
     "mmseg OhemCrossEntropy": Provider(mmseg_loss, _mmseg_ohem, None),
     "plain CE": Provider(in_head(lambda shape: None), _plain, ""),
     "plain CE compiled": Provider(compiled(False), _plain, None),
+    # The region term. OHEM + Dice against `ohem_mm portable` is what it costs beside mining.
+    "CE + Dice (hook)": Provider(fused_pair, _ce_dice, None, fused=True),
+    "CE + Dice (row bands)": Provider(direct_pair("portable"), _ce_dice, None, "portable"),
+    "CE + Dice (full size)": Provider(direct_pair("eager"), _ce_dice, None, "eager"),
+    "OHEM + Dice (row bands)": Provider(
+        direct_pair("portable", True), _ohem_dice, None, "portable"
+    ),
+    "CE + mmseg DiceLoss": Provider(
+        mmseg_pair(type="DiceLoss", use_sigmoid=False), _ce_mmseg_dice, None
+    ),
+    "CE + mmseg LovaszLoss": Provider(
+        mmseg_pair(type="LovaszLoss", reduction="none"), _ce_lovasz, None
+    ),
+    "CE + smp DiceLoss": Provider(smp_dice, _ce_smp_dice, None),
 }
 
 
 def choose_providers(words: Sequence[str] | None) -> list[str]:
     """Names of providers: a word selects the one that is so called, or all that contain it.
 
+    Without words, all but the pairs with an overlap loss, whose names have a plus in them.
+
     Raises:
         UserError: A word selects none.
     """
     chosen = []
-    for word in words or [""]:
+    if not words:
+        return [name for name in PROVIDERS if " + " not in name]
+    for word in words:
         found = [word] if word in PROVIDERS else [name for name in PROVIDERS if word in name]
         if not found:
             raise UserError(f"no provider is called {word!r}; there are {', '.join(PROVIDERS)}")

@@ -9,13 +9,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ohem_mm.bench.drawing import draw_band, drawing, save
-from ohem_mm.bench.records import extend
 from ohem_mm.bench.speed.providers import BASELINE
 from ohem_mm.bench.text import table
+from ohem_mm.disk import extend
+from ohem_mm.drawing import draw_band, drawing, save
 from ohem_mm.errors import UserError
-
-__all__ = ["COLUMNS", "FLOOR", "MODES", "Row", "append", "plot", "read", "tables"]
 
 COLUMNS = [
     *("kernel", "provider", "mode", "metric", "unit", "x", "p50", "p20", "p80", "config"),

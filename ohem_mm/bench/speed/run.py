@@ -22,8 +22,6 @@ from ohem_mm.bench.speed.providers import UnavailableError, check_formula
 from ohem_mm.bench.speed.report import FLOOR, Row
 from ohem_mm.errors import need
 
-__all__ = ["SWEEPS", "Point", "run", "sweep_points"]
-
 SWEEPS = ("pixels", "classes", "stride", "kept")
 # The phases of a job that each mode takes together.
 PHASES = {

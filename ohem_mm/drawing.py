@@ -1,4 +1,4 @@
-"""What the plots of both benchmarks share."""
+"""What all plots share. Needs matplotlib, when something is drawn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ohem_mm.errors import need
-
-__all__ = ["COLOURS", "draw_band", "drawing", "save"]
 
 # Okabe and Ito: told apart by colour-blind readers.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
@@ -47,9 +45,11 @@ def draw_band(
     middle: Sequence[float],
     low: Sequence[float],
     high: Sequence[float],
+    *,
+    marker: str | None = "o",
 ) -> None:
     """Draw a line with the range around it; ``place`` chooses its colour and style."""
     colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
-    axis.plot(x, middle, style, color=colour, label=label, marker="o", ms=3)
+    axis.plot(x, middle, style, color=colour, label=label, marker=marker, ms=3)
     axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.grid(visible=True, which="both", alpha=0.3)

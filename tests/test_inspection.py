@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from ohem_mm import cli
+from ohem_mm.cli.inspection import FINDINGS, Inspector
 from ohem_mm.hooks.fused import fuse_heads
 
 pytestmark = [
@@ -38,21 +39,14 @@ MMSEG = Path(mmseg.__file__).parent / ".mim" / "configs"
 BROKEN = MMSEG / "bisenetv2" / "bisenetv2_fcn_4xb4-ohem-160k_cityscapes-1024x1024.py"
 
 
-@pytest.fixture(scope="module")
-def tool():
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the tool in this process; return its exit code and stdout."""
     spec = importlib.util.spec_from_file_location(
         "inspect_config", config_path("tools/inspect_config.py")
     )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["inspect_config"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["inspect_config"]
-
-
-@pytest.fixture
-def call(tool, monkeypatch, capsys):
-    """Run the tool in this process; return its exit code and stdout."""
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["inspect_config", *map(str, arguments)])
@@ -67,13 +61,13 @@ def call(tool, monkeypatch, capsys):
 
 
 @pytest.fixture
-def plant(tool, tmp_path):
+def plant(tmp_path):
     """Inspect a shipped config with some lines added to it."""
 
     def inspect(base, text, name="plain_1xb4-1k_scenes-96x192"):
         path = tmp_path / f"{name}.py"
         path.write_text(f"_base_ = {str(config_path(base))!r}\n{text}\n")
-        return tool.Inspector(Config.fromfile(path))
+        return Inspector(Config.fromfile(path))
 
     return inspect
 
@@ -194,29 +188,40 @@ FAULTS = [
     (DDRNET, sampler("type='OHEMPixelSampler'"), "sampler-idle mmseg-unsafe"),
     (DDRNET, head("loss_decode=[dict(type='OhemCrossEntropy')]"), "loss-count mmseg-unsafe"),
     (DDRNET, head("loss_decode=[dict(type='CrossEntropyLoss')] * 2"), "ignored-label"),
+    # Names that nobody knows.
+    (CE, loss("type='CrossEntropyLos'"), "unknown-type"),
+    (OHEM, loss("type='ohem_mm.OhemCrossEntropyLos'"), "unknown-type hook-idle"),
+    (CE, head("type='FCNHeadd'"), "unknown-type"),
+    (CE, sampler("type='OHEMPixelSample'"), "unknown-type"),
+    (OHEM, "custom_hooks = [dict(type='FusedOhemHok')]", "unknown-type could-be-fused"),
+    # Heads that do not classify pixels, or leave that to a head of theirs.
+    (OHEM, head("type='Mask2FormerHead'"), "other-head"),
+    (OHEM, head("type='SideAdapterCLIPHead'"), "other-head"),
+    (OHEM, head("type='VPDDepthHead'"), "other-head"),
+    (OHEM, head("type='IterativeDecodeHead'"), "other-head"),
     # Hardly a config.
     (CE, "model = dict(_delete_=True, type='EncoderDecoder')", "no-heads"),
 ]
 
 
 @pytest.mark.parametrize(("base", "text", "codes"), FAULTS)
-def test_each_planted_fault_is_found(tool, plant, base, text, codes):
+def test_each_planted_fault_is_found(plant, base, text, codes):
     size = "1024x1024" if base == DDRNET else "96x192"
     gpus = "2xb6" if base == DDRNET else "1xb4"
     report = plant(base, text, f"plain_{gpus}-1k_data-{size}")
     assert {finding.code for finding in report.findings} == set(codes.split())
     for finding in report.findings:
-        assert finding.severity == tool.FINDINGS[finding.code][0]
+        assert finding.severity == FINDINGS[finding.code][0]
         assert finding.where
         assert "{" not in finding.what + finding.remedy
     severities = [finding.severity for finding in report.findings]
     assert severities == sorted(severities, key=["error", "warning", "note"].index)
 
 
-def test_every_finding_is_planted(tool):
+def test_every_finding_is_planted():
     planted = {code for _, _, codes in FAULTS for code in codes.split()}
     # These two need another file name; the tests below plant them.
-    assert planted | {"name-says-ohem", "unknown-size"} == set(tool.FINDINGS)
+    assert planted | {"name-says-ohem", "unknown-size"} == set(FINDINGS)
 
 
 def test_a_name_that_promises_ohem(plant):
@@ -245,6 +250,40 @@ def test_an_unknown_size_is_said(plant, base, text):
     assert report.rows[0].share is None
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (sampler("type='OHEMPixelSampler'"), "OHEMPixelSampler needs the upsampled logits"),
+        (loss("ignore_index=254"), "acc_seg leaves out the head's ignore_index, 255, and the loss"),
+    ],
+)
+def test_the_reason_why_a_head_is_not_fused(plant, text, reason):
+    (found,) = (one for one in plant(OHEM, text).findings if one.code == "not-fused")
+    assert reason in found.what
+
+
+def test_misspelt_types_are_corrected(plant):
+    (found,) = plant(CE, loss("type='CrossEntropyLos'")).findings
+    assert found.remedy.startswith("did you mean 'CrossEntropyLoss' or ")
+    (found,) = plant(CE, loss("type='Nothing'")).findings
+    assert "custom_imports" in found.remedy
+
+
+KNET = MMSEG / "knet" / "knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py"
+
+
+@pytest.mark.skipif(not KNET.is_file(), reason="this mmseg does not ship its configs")
+def test_knet_mines_in_its_kernel_generate_head(call):
+    settings = ["--cfg-options", "custom_hooks=[dict(type='ohem_mm.FusedOhemHook')]"]
+    ours = "loss_decode.type=ohem_mm.OhemCrossEntropyLoss"
+    code, out = call(KNET, *settings, f"model.decode_head.kernel_generate_head.{ours}")
+    assert code == 0
+    assert "decode_head.kernel_generate_head" in out  # not cut off, though no terminal
+    code, out = call(KNET, *settings, f"model.decode_head.{ours}")
+    assert code == 1
+    assert "IterativeDecodeHead has no loss of its own, so this loss does not work in it. " in out
+
+
 def test_wholly_unknown_classes_do_no_harm(plant):
     text = head("type='my.Head'") + "\ntrain_dataloader = dict(dataset=dict(type='my.Data'))"
     report = plant(OHEM, text)
@@ -253,8 +292,8 @@ def test_wholly_unknown_classes_do_no_harm(plant):
 
 
 @pytest.mark.parametrize("name", list_configs())
-def test_shipped_configs_are_clean(tool, name):
-    report = tool.Inspector(Config.fromfile(config_path(name)))
+def test_shipped_configs_are_clean(name):
+    report = Inspector(Config.fromfile(config_path(name)))
     assert [finding for finding in report.findings if finding.severity != "note"] == []
     mines = {row.mines for row in report.rows}
     assert ("yes" in mines) == any(word in name for word in ("ohem", "sampler"))
@@ -262,33 +301,33 @@ def test_shipped_configs_are_clean(tool, name):
     assert report.batch.pixels()
 
 
-def facts(tool, name):
-    rows = tool.Inspector(Config.fromfile(config_path(name))).rows
+def facts(name):
+    rows = Inspector(Config.fromfile(config_path(name))).rows
     return [
         (row.where, row.rule, row.mines, row.thresh, row.min_kept, row.unit, row.pixels, row.share)
         for row in rows
     ]
 
 
-def test_rows_of_our_loss(tool):
+def test_rows_of_our_loss():
     name = "bisenetv2/bisenetv2_fcn_4xb4-ohem-160k_cityscapes-1024x1024"
     ours = ("OhemCrossEntropyLoss", "yes", 0.7, 1 / 16, "valid", 4 * 1024 * 1024 // 16, 1 / 16)
     places = ["decode_head", *(f"auxiliary_head.{i}" for i in range(4))]
-    assert facts(tool, name) == [(f"{place}.loss_decode", *ours) for place in places]
-    report = tool.Inspector(Config.fromfile(config_path(name)))
+    assert facts(name) == [(f"{place}.loss_decode", *ours) for place in places]
+    report = Inspector(Config.fromfile(config_path(name)))
     assert report.batch == (4, 4, 1024, 1024)
     assert {(row.fused, row.divisor, row.ignore_index) for row in report.rows} == {
         (True, "kept pixels", 255)
     }
 
 
-def test_rows_of_mmsegs_rules(tool):
+def test_rows_of_mmsegs_rules():
     # The sampler counts per image and multiplies by the batch.
-    assert facts(tool, SAMPLER) == [
+    assert facts(SAMPLER) == [
         ("decode_head.loss_decode", "OHEMPixelSampler", "yes", 0.7, 1152, "image", 4608, 1 / 16)
     ]
     mmseg = ("OhemCrossEntropy", "yes", 0.9, 131072, "batch", 131072, 1 / 48)
-    assert facts(tool, DDRNET) == [(f"decode_head.loss_decode.{i}", *mmseg) for i in (0, 1)]
+    assert facts(DDRNET) == [(f"decode_head.loss_decode.{i}", *mmseg) for i in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -342,8 +381,8 @@ def test_heads_that_do_not_tell_the_ignored_label(plant):
     assert {row.ignore_index for row in plant(DDRNET, hooked).rows} == {254}
 
 
-def test_places_that_the_hook_leaves_out(tool):
-    rows = tool.Inspector(Config.fromfile(config_path(PIDNET))).rows
+def test_places_that_the_hook_leaves_out():
+    rows = Inspector(Config.fromfile(config_path(PIDNET))).rows
     assert [row.fused for row in rows] == [True, True, None, True]
     assert [row.mines for row in rows] == ["off", "yes", "no", "yes"]
 
@@ -356,16 +395,16 @@ def shipped_by_mmseg():
 
 
 @pytest.mark.skipif(not BROKEN.is_file(), reason="this mmseg does not ship its configs")
-def test_mmsegs_broken_config_is_found(tool, call):
+def test_mmsegs_broken_config_is_found(call):
     code, out = call(BROKEN)
     assert code == 1
     assert "nothing reads 'models', so what it sets is lost (5 OHEMPixelSampler)" in out
-    report = tool.Inspector(Config.fromfile(BROKEN))
+    report = Inspector(Config.fromfile(BROKEN))
     assert [finding.code for finding in report.findings] == ["lost"]
     assert {row.mines for row in report.rows} == {"no"}
 
 
-def test_mmsegs_other_configs_with_ohem_are_not_accused(tool):
+def test_mmsegs_other_configs_with_ohem_are_not_accused():
     """All that name OHEM in their own text or that of the STDC base, and a sample of the others."""
     paths = shipped_by_mmseg()
     ohem = [p for p in paths if "stdc" in p.name or "ohem" in p.read_text().lower()]
@@ -375,7 +414,7 @@ def test_mmsegs_other_configs_with_ohem_are_not_accused(tool):
             cfg = Config.fromfile(path)
         except ImportError:  # needs mmdet or mmpretrain
             continue
-        report = tool.Inspector(cfg)
+        report = Inspector(cfg)
         assert [f for f in report.findings if f.severity != "note"] == [], path
         assert report.rows, path
         if path in ohem:
@@ -415,3 +454,8 @@ def test_the_table(call):
         assert cell in out
     assert "note scaled-gradient: decode_head.sampler: OHEMPixelSampler divides by all" in out
     assert "Nothing to find fault with." in call(OHEM)[1]
+
+
+def test_sentences_end_once(call):
+    _, out = call(OHEM, "--cfg-options", "model.decode_head.loss_decode.preset=hrne")
+    assert "Did you mean 'hrnet'? Remedy: correct the setting." in out

@@ -11,8 +11,6 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
-__all__ = ["Bf16OptimWrapper"]
-
 
 @OPTIM_WRAPPERS.register_module()
 class Bf16OptimWrapper(OptimWrapper):  # type: ignore[misc]

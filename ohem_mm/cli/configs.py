@@ -1,0 +1,221 @@
+"""Configs: load one, walk through it, and change it as the options say."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+from ohem_mm.config import config_path
+from ohem_mm.errors import UserError
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Load ``args.config``, apply ``--cfg-options``, ``--launcher`` and ``--work-dir``.
+
+    Without ``--work-dir`` and without ``work_dir`` in the config, the work directory is
+    ``./work_dirs/<name of the config>``.
+
+    Raises:
+        UserError: The config needs a package that is missing, or an option does not fit it.
+        UnknownConfigError: There is no such config.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    path = config_path(args.config)
+    _import_mmseg()
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError as error:
+        raise UserError(f"{path} imports a module that cannot be loaded: {error}") from error
+    except Exception as error:  # a config is code, and that can fail in any way
+        reason = " ".join(str(error).split()) or "nothing more is known"
+        raise UserError(f"{path} is no config: {type(error).__name__}: {reason}") from error
+    if cfg.get("default_scope") == "mmseg" and importlib.util.find_spec("mmseg") is None:
+        raise UserError(
+            "this config needs mmsegmentation; install it with: pip install 'ohem-mm[mmseg]'"
+        )
+    apply_options(cfg, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs") / path.stem)
+    return cfg
+
+
+def _import_mmseg() -> None:
+    """Import mmseg, where it is installed, without what it prints about packages that it lacks."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError, RuntimeError):
+        import mmseg.datasets  # noqa: F401
+
+
+def iter_dicts(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted path, dict)`` for every dict in a config node, outer ones first."""
+    if isinstance(node, Config):
+        node = {key: node[key] for key in node}
+    if isinstance(node, dict):
+        yield path, node
+        items: Any = list(node.items())
+    elif isinstance(node, list | tuple):
+        items = list(enumerate(node))
+    else:
+        return
+    for key, value in items:
+        yield from iter_dicts(value, f"{path}.{key}" if path else str(key))
+
+
+def type_name(node: Any) -> str:
+    """The bare class name in a config's ``type``: a (dotted or scoped) name or a class."""
+    kind = node.get("type", "") if isinstance(node, dict) else node
+    return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+
+
+def apply_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Merge ``--cfg-options`` (dotted keys or nested dicts) into the config, and check the keys.
+
+    Raises:
+        UserError: A key does not fit the config.
+    """
+    for key in options:
+        _check_option(cfg, key)
+    old_root = cfg.get("data_root")
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--cfg-options do not fit the config: {error.args[0]}") from error
+    if "data_root" in options:
+        _move_data_root(cfg, old_root, options["data_root"])
+
+
+def _check_option(cfg: Config, key: str) -> None:
+    """Catch misspelt keys: mmengine would add them to the config without a word."""
+    parts = key.split(".")
+    node: Any = {name: cfg[name] for name in cfg}
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth]) or "the config"
+        if isinstance(node, list | tuple):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--cfg-options {key}: {where} is a list, so {part!r} must be an index "
+                    f"from 0 to {len(node) - 1}"
+                )
+            node = node[int(part)]
+        elif not isinstance(node, dict):
+            raise UserError(
+                f"--cfg-options {key}: {where} is {node!r} in the config and holds no {part!r}"
+            )
+        elif part in node:
+            node = node[part]
+        else:
+            known = list(node)
+            if depth == 0:
+                known += _top_level_keys()
+                if part in known:
+                    return
+            # One letter too few or too many; class_weight and loss_weight are further apart.
+            close = difflib.get_close_matches(part, sorted({*known}), cutoff=0.88)
+            slip = f"--cfg-options {key}: {where} has no {part!r}"
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            # A new setting of an existing dict may well be meant; a new branch that looks
+            # like an old one, or a top-level key that nobody reads, is a slip.
+            is_leaf = depth == len(parts) - 1
+            if close and (depth == 0 or not is_leaf):
+                raise UserError(slip + hint)
+            if close or not is_leaf:
+                print(f"warning: {slip}; it is added as a new key{hint}", file=sys.stderr)
+            return
+
+
+def _top_level_keys() -> list[str]:
+    """Keys that mmengine and the tools read though a config need not have them."""
+    keys = [name for name in inspect.signature(Runner.__init__).parameters if name != "self"]
+    return [*keys, "runner_type", "find_unused_parameters", "sync_bn", "tta_model", "tta_pipeline"]
+
+
+def _move_data_root(cfg: Config, old: str | None, new: str) -> None:
+    """Put ``new`` wherever a data set has the ``data_root`` that the config had at its top.
+
+    A config is evaluated before the options are merged, so its data sets hold copies of the
+    old value.
+    """
+    users = [
+        node for path, node in iter_dicts(cfg) if path and isinstance(node.get("data_root"), str)
+    ]
+    roots = {node["data_root"] for node in users}
+    if old is None and len(roots - {new}) == 1:
+        old = next(iter(roots - {new}))
+    moved = [node for node in users if node["data_root"] == old]
+    if not moved and new not in roots:
+        raise UserError(
+            f"--cfg-options data_root={new} changes nothing: "
+            + (f"the data sets lie in {sorted(roots)}" if roots else "no data set reads from disk")
+        )
+    for node in moved:
+        node["data_root"] = new
+
+
+def use_amp(cfg: Config) -> None:
+    """Switch the optimizer wrapper to mixed precision: ``--amp``.
+
+    On a GPU that is mmengine's ``AmpOptimWrapper`` (float16 unless the config says otherwise), and
+    elsewhere :class:`ohem_mm.models.Bf16OptimWrapper`.
+
+    Raises:
+        UserError: The config has an optimizer wrapper of another kind.
+    """
+    kind = type_name(cfg.optim_wrapper)
+    on_cpu = get_device() == "cpu"
+    if kind == "Bf16OptimWrapper" or (kind == "AmpOptimWrapper" and not on_cpu):
+        print("warning: --amp: the config trains in mixed precision already", file=sys.stderr)
+    elif kind not in ("OptimWrapper", "AmpOptimWrapper", ""):
+        raise UserError(f"--amp works with the OptimWrapper, but the config has {kind}")
+    elif on_cpu:
+        use_bf16(cfg)
+    else:
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def use_bf16(cfg: Config) -> None:
+    """Switch the optimizer wrapper to :class:`ohem_mm.models.Bf16OptimWrapper`, on any device.
+
+    Raises:
+        UserError: The config has an optimizer wrapper of another kind.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = type_name(wrapper)
+    if kind not in ("OptimWrapper", "AmpOptimWrapper", "Bf16OptimWrapper", ""):
+        raise UserError(f"bf16 works with the OptimWrapper, but the config has {kind}")
+    for key in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
+        wrapper.pop(key, None)
+    wrapper.type = "Bf16OptimWrapper"
+
+
+def use_channels_last(cfg: Config) -> None:
+    """Add :class:`ohem_mm.hooks.ChannelsLastHook` to the config: ``--channels-last``."""
+    hooks = list(cfg.get("custom_hooks") or [])
+    if "ChannelsLastHook" not in map(type_name, hooks):
+        cfg.custom_hooks = [*hooks, {"type": "ChannelsLastHook"}]
+
+
+def keep_two_checkpoints(cfg: Config) -> None:
+    """Keep two checkpoints where the config keeps one.
+
+    mmengine deletes the oldest before it writes the next, so with one a kill between the two loses
+    all. The configs stay as they are: their hashes stand in the records of the benchmarks.
+    """
+    checkpoint = (cfg.get("default_hooks") or {}).get("checkpoint")
+    if checkpoint and checkpoint.get("max_keep_ckpts") == 1:
+        checkpoint["max_keep_ckpts"] = 2

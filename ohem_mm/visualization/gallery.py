@@ -1,0 +1,178 @@
+"""The hardest images of a split: a PNG for each, and one page that shows them all.
+
+The page, ``index.html``, holds its pictures and needs no server.
+"""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2  # which torch brings along
+import numpy as np
+from PIL import Image
+
+from ..loss import OhemCrossEntropyLoss
+from .mined import ClassCounts, MainLoss, MinedImage, UInt8, for_one_image
+from .pictures import MINED, board, loss_colours, panels
+
+
+class Picture(NamedTuple):
+    """One image as the gallery shows it; ordered by hardness."""
+
+    hardness: float
+    order: int  # breaks ties
+    shot: MinedImage
+    panels: dict[str, UInt8]
+    board: UInt8
+
+
+class Gallery:
+    """The hardest images, and counts over all of them.
+
+    Args:
+        names: Name of each class, C of them.
+        colours: RGB of each class, uint8, shape (C, 3).
+        size: How many images to keep.
+        show_data: False leaves out what is the data set's own, photographs and labels.
+
+    Attributes:
+        total: Counts over all images.
+        seen: How many images there were.
+    """
+
+    def __init__(
+        self, names: Sequence[str], colours: UInt8, size: int, show_data: bool = True
+    ) -> None:
+        self.names, self.colours, self.size, self.show_data = names, colours, size, show_data
+        self.total, self.seen = ClassCounts(len(names)), 0
+        self._hardest: list[Picture] = []
+
+    def collect(self, shots: Iterable[MinedImage], loss: OhemCrossEntropyLoss) -> None:
+        """Look at images, mined by a loss."""
+        for shot in shots:
+            self.total.add(shot)
+            self.seen += 1
+            full = len(self._hardest) == self.size
+            if full and shot.mean_loss <= self._hardest[0].hardness:
+                continue
+            picture = Picture(
+                shot.mean_loss,
+                -self.seen,
+                shot,
+                panels(shot, self.colours, self.show_data),
+                board(shot, self.names, self.colours, loss, show_data=self.show_data),
+            )
+            (heapq.heappushpop if full else heapq.heappush)(self._hardest, picture)
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Hardest first."""
+        return sorted(self._hardest, reverse=True)
+
+    def class_rows(self, counts: ClassCounts) -> list[dict[str, Any]]:
+        """What the page and the table on the screen say about each class that has pixels."""
+        return [
+            {
+                **self._class(index),
+                "pixels": float(counts.pixel_share[index]),
+                "mined": float(counts.mined_share[index]),
+                "mined_of_class": float(counts.mined_of_class[index]),
+            }
+            for index in np.flatnonzero(counts.pixels).tolist()
+        ]
+
+    def _class(self, index: int) -> dict[str, Any]:
+        return {"index": index, "name": self.names[index], "colour": _hex(self.colours[index])}
+
+    def write(self, folder: Path, **text: Any) -> Path:
+        """Write the page and the PNGs, in place of those of an earlier run.
+
+        Args:
+            folder: Where to.
+            **text: What else the template needs: title, settings, hard_above.
+
+        Returns:
+            The page.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        source = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
+        shown = [self._shown(rank, picture) for rank, picture in enumerate(self.pictures, 1)]
+        page = folder / "index.html"
+        page.write_text(
+            environment.from_string(source).render(
+                pictures=shown,
+                classes=self.class_rows(self.total),
+                count=self.seen,
+                kept_share=float(self.total.mined.sum() / max(1, self.total.pixels.sum())),
+                mined_colour=_hex(MINED),
+                scale=_inline(loss_colours(np.tile(np.linspace(0, 1, 256), (12, 1)))),
+                show_data=self.show_data,
+                **text,
+            ),
+            encoding="utf-8",
+        )
+        # After the page, which is how the next run knows that they are ours.
+        for one, picture in zip(shown, self.pictures, strict=True):
+            Image.fromarray(picture.board).save(folder / one["file"], optimize=True)
+        return page
+
+    def _shown(self, rank: int, picture: Picture) -> dict[str, Any]:
+        """One image, as the template takes it."""
+        shot = picture.shot
+        rows = self.class_rows(ClassCounts(len(self.names)).add(shot))
+        labelled = {row["index"] for row in rows}
+        predicted = set(np.unique(shot.prediction).tolist())
+        return {
+            "name": shot.name,
+            "file": f"{rank:03d}_{Path(shot.name).stem}.png",
+            "hardness": picture.hardness,
+            "kept_share": shot.kept_share,
+            "classes": rows,
+            "only_predicted": [self._class(index) for index in sorted(predicted - labelled)],
+            "panels": {
+                title: _inline(panel, photo=title in ("image", "loss"))
+                for title, panel in picture.panels.items()
+            },
+        }
+
+
+def rule_in_words(main: MainLoss, batch_size: int) -> str:
+    """By which rule the pixels are mined; a :class:`MainLoss` without a name is no head's."""
+    loss = main.loss
+    rule = f"thresh {loss.rule.thresh}, min_kept {loss.rule.min_kept:g}, pool {loss.rule.pool}"
+    text = f"The config has no OhemCrossEntropyLoss; mined by its defaults: {rule}."
+    if main.name:
+        text = f"Mined as by the loss of {main.name}: {rule}."
+    text += " Each image is a pool of its own"
+    own = for_one_image(loss, batch_size).rule.min_kept
+    if own != loss.rule.min_kept:
+        text += f", and its min_kept is that of a batch of {batch_size} divided: {own}"
+    return text + "."
+
+
+def _hex(colour: Any) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _inline(picture: UInt8, photo: bool = False) -> str:
+    """A picture as a data URI."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "WEBP", lossless=not photo, quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an earlier run wrote: its pictures may be ones that must not be passed on."""
+    page = folder / "index.html"
+    if page.is_file() and "<title>Hard pixels: " in page.read_text(encoding="utf-8"):
+        for path in folder.glob("*.png"):
+            if re.match(r"\d{3,}_", path.name):
+                path.unlink()

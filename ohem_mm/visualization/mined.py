@@ -1,0 +1,248 @@
+"""What is mined of an image, and of each class, as numpy arrays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..loss import OhemCrossEntropyLoss
+
+UInt8 = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+
+class MainLoss(NamedTuple):
+    """The loss whose mining is shown.
+
+    Attributes:
+        name: Module name of its head.
+        loss: The loss.
+        ignore_index: Label of pixels that do not count for it.
+    """
+
+    name: str
+    loss: OhemCrossEntropyLoss
+    ignore_index: int
+
+
+@dataclass(frozen=True)
+class MinedImage:
+    """One image and what is mined of it.
+
+    Attributes:
+        name: What it is called in titles.
+        image: The photograph, RGB, uint8, shape (H, W, 3).
+        label: Ground truth, int64, shape (H, W).
+        prediction: Predicted class, int64, shape (H, W).
+        loss: Unweighted loss of each pixel, float32, shape (H, W).
+        valid: Bool, shape (H, W): pixels that are not ignored.
+        kept: Weight of each pixel in training, in [0, 1], shape (H, W).
+    """
+
+    name: str
+    image: UInt8
+    label: npt.NDArray[np.int64]
+    prediction: npt.NDArray[np.int64]
+    loss: npt.NDArray[np.float32]
+    valid: Mask
+    kept: npt.NDArray[np.float32]
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the valid pixels; 0 where there are none."""
+        return float(self.loss[self.valid].mean()) if self.valid.any() else 0.0
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the valid pixels that is mined; 0 where there are none."""
+        return float(self.kept.sum() / max(1, self.valid.sum()))
+
+
+class ClassCounts:
+    """Pixels and mined pixels of each class, summed over images.
+
+    Args:
+        num_classes: Number of classes, C.
+
+    Attributes:
+        pixels: Valid pixels of each class, int64, shape (C,).
+        mined: Mined pixels of each class, by weight, float64, shape (C,).
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.pixels = np.zeros(num_classes, np.int64)
+        self.mined = np.zeros(num_classes)
+
+    def add(self, shot: MinedImage) -> ClassCounts:
+        """Count the pixels of one image."""
+        size = len(self.pixels)
+        self.pixels += np.bincount(shot.label[shot.valid], minlength=size)
+        self.mined += np.bincount(
+            shot.label[shot.valid], weights=shot.kept[shot.valid], minlength=size
+        )
+        return self
+
+    @property
+    def pixel_share(self) -> npt.NDArray[np.float64]:
+        """Share of the valid pixels that each class has, shape (C,)."""
+        return np.asarray(self.pixels / max(1, self.pixels.sum()))
+
+    @property
+    def mined_share(self) -> npt.NDArray[np.float64]:
+        """Share of the mined pixels that each class has, shape (C,)."""
+        return np.asarray(self.mined / max(1, self.mined.sum()))
+
+    @property
+    def mined_of_class(self) -> npt.NDArray[np.float64]:
+        """Share of each class that is mined, shape (C,); NaN for a class without pixels."""
+        return self.mined / np.where(self.pixels > 0, self.pixels, np.nan)
+
+
+def main_loss(model: nn.Module) -> MainLoss | None:
+    """Find the loss behind the model's prediction.
+
+    Args:
+        model: A segmentor.
+
+    Returns:
+        The first :class:`ohem_mm.OhemCrossEntropyLoss` of the last decode head that has one; of
+        another head where no decode head has one; None where there is none at all.
+    """
+    heads: dict[str, OhemCrossEntropyLoss] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, OhemCrossEntropyLoss):
+            heads.setdefault(name.partition(".loss_decode")[0], module)
+    if not heads:
+        return None
+    name = ([name for name in heads if name.startswith("decode_head")] or list(heads))[-1]
+    loss = heads[name]
+    ignore_index = loss.ignore_index
+    if ignore_index is None:
+        ignore_index = getattr(model.get_submodule(name), "ignore_index", 255)
+    return MainLoss(name, loss, ignore_index)
+
+
+def mine_sample(
+    sample: Any, inputs: Tensor, name: str, main: MainLoss, batch_size: int = 1
+) -> MinedImage:
+    """Mine one test image as the loss would, by its own settings.
+
+    The image is a pool of its own. A floor that counts pixels of a batch is divided by the batch
+    size; every other setting is used as it is.
+
+    Args:
+        sample: What a segmentor of mmseg returns for the image: ``seg_logits``, ``pred_sem_seg``
+            and ``gt_sem_seg`` of the same height and width.
+        inputs: The image as the pipeline packs it: BGR, shape (3, h, w).
+        name: What to call the image.
+        main: The loss.
+        batch_size: Batch size of the training.
+
+    Returns:
+        The image, at the size of its labels.
+
+    Raises:
+        ValueError: The label map has another size than the logits, or holds an unknown label.
+    """
+    logits = sample.seg_logits.data.float()
+    if len(logits) == 1:
+        logits = logits.logit()  # mmseg returns probabilities where there is one channel
+    target = sample.gt_sem_seg.data[0].to(logits.device).long()
+    stats: dict[str, Any] = {"kept": None}
+    loss = for_one_image(main.loss, batch_size)
+    with torch.no_grad():
+        loss(logits[None], target[None], ignore_index=main.ignore_index, stats=stats)
+    return MinedImage(
+        name,
+        to_rgb(inputs, target.shape),
+        *(
+            array.cpu().numpy()
+            for array in (
+                target,
+                sample.pred_sem_seg.data[0].long(),
+                stats["mined"][0].float(),
+                stats["valid"][0],
+                stats["kept"][0].float(),
+            )
+        ),
+    )
+
+
+def for_one_image(loss: OhemCrossEntropyLoss, batch_size: int) -> OhemCrossEntropyLoss:
+    """Make a copy of a loss that mines a single image.
+
+    Args:
+        loss: The loss. Its parameters and buffers are shared.
+        batch_size: Batch size of the training. A ``min_kept`` that counts pixels of a batch is
+            divided by it, rounded up.
+
+    Returns:
+        The copy; its pool is the image, or each class of it.
+    """
+    loss = copy.copy(loss)
+    rule = loss.rule
+    per_image = rule.pool == "image" or (rule.min_kept_per == "image" and rule.pool != "class")
+    if isinstance(rule.min_kept, int) and not per_image:
+        rule = replace(rule, min_kept=-(-rule.min_kept // batch_size))
+    loss.rule = rule if rule.pool == "class" else replace(rule, pool="image")
+    return loss
+
+
+def predicted(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Class with the highest logit at each pixel of the labels.
+
+    Args:
+        logits: Raw scores of one image, shape (C, h, w); C=1 is one sigmoid channel.
+        size: Height and width of the labels.
+        align_corners: As in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        int64, shape (height, width).
+    """
+    wide = nn.functional.interpolate(
+        logits[None].float(), tuple(size), mode="bilinear", align_corners=align_corners
+    )[0]
+    return (wide[0] > 0).long() if len(wide) == 1 else wide.argmax(0)
+
+
+def to_rgb(inputs: Tensor, size: Sequence[int], pad: bool = False) -> UInt8:
+    """A packed image of mmseg as a picture.
+
+    Args:
+        inputs: BGR or grey, values 0 to 255, shape (channels, h, w).
+        size: Height and width wanted.
+        pad: Reach the size by padding at the bottom and right, as a preprocessor does in training,
+            instead of by resizing.
+
+    Returns:
+        RGB, uint8, shape (height, width, 3).
+    """
+    image = inputs.detach().float().clamp(0, 255).byte().cpu().permute(1, 2, 0).numpy()
+    image = np.repeat(image[..., :1], 3, 2) if image.shape[2] < 3 else image[..., 2::-1]
+    height, width = size
+    if pad and image.shape[0] <= height and image.shape[1] <= width:
+        below, right = height - image.shape[0], width - image.shape[1]
+        return np.pad(image, ((0, below), (0, right), (0, 0)))
+    picture: UInt8 = resize(np.ascontiguousarray(image), width, height)
+    return picture
+
+
+def resize(array: npt.NDArray[Any], width: int, height: int, as_p: bool = False) -> Any:
+    """Enlarge by repeating, reduce by averaging; label maps and masks take the nearest pixel."""
+    kind = array.dtype
+    if as_p:
+        array = 1 - np.exp(-array)
+    if kind == np.bool_:
+        array = array.astype(np.uint8)
+    is_map = kind == np.bool_ or kind == np.int32
+    shrink = width < array.shape[1] and not is_map
+    how = cv2.INTER_AREA if shrink else cv2.INTER_NEAREST
+    return cv2.resize(array, (width, height), interpolation=how).astype(kind)

@@ -1,0 +1,192 @@
+"""Print the table of edge cases: what each overlap loss does where most of them break.
+
+Ours and those of other packages are run as installed; what is not installed is named and left out.
+JDTLosses, which no registry has, is run as it is restated in ``ohem_mm.reference``. The others need
+``pip install --no-deps segmentation-models-pytorch monai nnunetv2``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ohem_mm import RegionLoss, reference
+from ohem_mm.bench.peers import submodule
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Case(NamedTuple):
+    """Logits (1, C, H, W), labels (1, H, W) with 255 for ignored, and how the result is shown."""
+
+    logits: Tensor
+    target: Tensor
+    show: str = "loss"
+    other: Tensor | None = None
+
+
+def cases() -> dict[str, Case]:
+    """The cases: three classes, of which label 2 is in no pixel unless they say otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 4, 6, generator=generator)
+    target = torch.randint(0, 3, (1, 4, 6), generator=generator)
+    target[..., 4:] = 255
+    labels = torch.where(target == 255, 0, target)
+    one = torch.full_like(target, 255)
+    one[0, 0, 0] = 1
+    two = torch.where(target == 2, 1, target)
+    void = logits.clone()
+    void[..., 4:] *= -5
+    at_ignored, at_valid = logits.clone(), logits.clone()
+    at_ignored[0, 0, 0, 5] = torch.nan
+    at_valid[0, 0, 0, 0] = torch.nan
+    perfect = F.one_hot(labels, 3).movedim(-1, 1) * 200.0 - 100
+    big = torch.randn(1, 3, 400, 400, generator=generator)
+    classes = torch.randint(0, 3, (1, 400, 400), generator=generator)
+    return {
+        "all classes present": Case(logits, target),
+        "a class in no pixel": Case(logits, two),
+        "perfect prediction": Case(perfect, target),
+        "perfect, a class in no pixel": Case(
+            F.one_hot(torch.where(two == 255, 0, two), 3).movedim(-1, 1) * 200.0 - 100, two
+        ),
+        "one valid pixel": Case(logits, one),
+        "all ignored": Case(logits, torch.full_like(target, 255)),
+        "other logits at ignored pixels": Case(logits, target, "change", void),
+        "NaN at an ignored pixel": Case(at_ignored, target),
+        "NaN at a valid pixel": Case(at_valid, target),
+        "uint8 labels": Case(logits, target.to(torch.uint8)),
+        "out_channels=1": Case(logits[:, :1], torch.where(target == 255, 255, target % 2)),
+        "half precision, 400x400": Case(big.half(), classes),
+    }
+
+
+def ours(**rule: Any) -> Loss:
+    """This package, with settings."""
+
+    def call(logits: Tensor, target: Tensor) -> Tensor:
+        return RegionLoss(use_sigmoid=logits.shape[1] == 1, **rule)(logits, target)
+
+    return call
+
+
+def smp() -> Loss:
+    """DiceLoss of segmentation_models_pytorch."""
+    kind = submodule("segmentation_models_pytorch", "losses").DiceLoss
+
+    def call(logits: Tensor, target: Tensor) -> Tensor:
+        mode = "binary" if logits.shape[1] == 1 else "multiclass"
+        return kind(mode, ignore_index=255)(logits, target)
+
+    return call
+
+
+def monai() -> Loss:
+    """DiceLoss of MONAI over the batch."""
+    kind = importlib.import_module("monai.losses").DiceLoss
+
+    def call(logits: Tensor, target: Tensor) -> Tensor:
+        one = logits.shape[1] == 1
+        loss = kind(softmax=not one, sigmoid=one, to_onehot_y=not one, batch=True, ignore_index=255)
+        return loss(logits, target[:, None])
+
+    return call
+
+
+def nnunet() -> Loss:
+    """MemoryEfficientSoftDiceLoss of nnU-Net, with batch_dice and a mask, plus 1."""
+    kind = submodule("nnunetv2", "training.loss.dice").MemoryEfficientSoftDiceLoss
+
+    def call(logits: Tensor, target: Tensor) -> Tensor:
+        one = logits.shape[1] == 1
+        loss = kind(
+            torch.sigmoid if one else lambda z: z.softmax(1),
+            batch_dice=True,
+            smooth=1e-5,
+            ddp=False,
+        )
+        keep = (target != 255)[:, None]
+        labels = torch.where(keep, target[:, None], 0)
+        return 1 + loss(logits, labels.float() if one else labels, loss_mask=keep)
+
+    return call
+
+
+def mmseg(name: str, **settings: Any) -> Loss:
+    """A loss of mmseg."""
+    losses = importlib.import_module("mmseg.models.losses")
+
+    def call(logits: Tensor, target: Tensor) -> Tensor:
+        one = logits.shape[1] == 1
+        more = {"use_sigmoid": one} if name == "DiceLoss" else {}
+        return getattr(losses, name)(**settings, **more)(logits, target)
+
+    return call
+
+
+def restated(name: str) -> Loss:
+    """A loss of ``ohem_mm.reference``."""
+    return lambda logits, target: reference.REGION_ORIGINALS[name](logits, target)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
+    "**ohem_mm**": ours,
+    "**ohem_mm**, all, smooth 1": lambda: ours(classes="all", smooth=1.0),
+    "smp DiceLoss": smp,
+    "MONAI DiceLoss": monai,
+    "nnU-Net": nnunet,
+    "JDTLosses (restated)": lambda: restated("jdt"),
+    "mmseg DiceLoss": lambda: mmseg("DiceLoss"),
+    "mmseg TverskyLoss": lambda: mmseg("TverskyLoss"),
+    "mmseg LovaszLoss": lambda: mmseg("LovaszLoss", reduction="none", per_image=False),
+}
+
+
+def cell(loss: Loss, case: Case) -> str:
+    """Run one implementation on one case and say what came out."""
+    logits = case.logits.clone().requires_grad_()
+    try:
+        value = loss(logits, case.target.clone())
+        if not value.requires_grad:
+            return f"{value.item():.3g}, no gradient"
+        value.backward()
+        if case.show == "change":
+            assert case.other is not None
+            change = loss(case.other, case.target.clone()).item() - value.item()
+            return "no change" if abs(change) < 1e-6 else f"{change:+.3f}"
+    except Exception as error:
+        return f"raises {type(error).__name__}"
+    grad = torch.zeros_like(logits) if logits.grad is None else logits.grad
+    words = f"{value.item():.3g}"
+    if not grad.isfinite().all():
+        words += ", NaN gradient"
+    elif not grad.any():
+        words += ", gradient 0"
+    return words
+
+
+def table() -> str:
+    """The whole table, in Markdown: a row for each case, and what is missing."""
+    losses, missing = {}, []
+    for name, make in IMPLEMENTATIONS.items():
+        try:
+            losses[name] = make()
+        except ImportError as error:
+            missing.append(f"{name}: {error}")
+    rows = [["", *losses], ["---"] * (len(losses) + 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, case in cases().items():
+            rows.append([name, *(cell(loss, case) for loss in losses.values())])
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return text + "".join(f"\n\nNot installed: {line}" for line in missing)
+
+
+if __name__ == "__main__":
+    print(table())
