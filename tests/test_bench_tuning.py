@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("mmseg")
 pytest.importorskip("matplotlib")
@@ -99,6 +101,7 @@ def record(start, val, test):
     return {
         **start,
         "class_shares": [0.9, 0.09, 0.01],
+        "counted": start.get("class_shares"),
         "commit": "0123456789",
         "dirty": False,
         "versions": {"torch": "2.13.0"},
@@ -414,6 +417,46 @@ def test_a_failed_job_leaves_the_others(ran, monkeypatch, capsys):
     assert "ours, lr 0.01, seed 0: exit status 1" in capsys.readouterr().err
 
 
+GRID = """grid:
+  axes:
+    rare: {key: train_dataloader.dataset.rare, values: [100, 25]}
+"""
+
+
+def test_every_cell_of_a_grid_is_tuned_by_itself(ran, monkeypatch):
+    # lr 0.1 is the best of all in the second cell, and "weak" is behind there alone.
+    for (name, lr, seed), (val, test) in list(SCORES.items()):
+        monkeypatch.setitem(
+            SCORES, (f"{name},rare=100", lr, seed), (val + 3 * (name == "weak"), test)
+        )
+        best = {0.001: 10, 0.01: 20, 0.1: 30}[lr]
+        monkeypatch.setitem(
+            SCORES, (f"{name},rare=25", lr, seed), (best - 5 * (name == "weak"), test)
+        )
+    for where in (("ce", 0.1), ("ours", 0.1), ("weak", 0.1)):
+        for seed in (1, 2):
+            monkeypatch.setitem(SCORES, (f"{where[0]},rare=25", where[1], seed), (30, 50))
+            monkeypatch.setitem(SCORES, (f"{where[0]},rare=100", where[1], seed), (30, 50))
+    benchmark = bench(text=BENCH + GRID)
+    run_benchmark(benchmark, arguments(), Path("tuned.jsonl"))
+    assert [where[0] for where in ran[:18:3]] == [
+        f"{name},rare={rare}" for rare in (100, 25) for name in ("ce", "ours", "weak")
+    ]
+    later = [("ce,rare=100", 0.01), ("ours,rare=100", 0.001), ("weak,rare=100", 0.1)]
+    later += [("ce,rare=25", 0.1), ("ours,rare=25", 0.1)]
+    assert ran[18:] == [(*where, seed) for seed in (1, 2) for where in later]
+    records = read_records(Path("tuned.jsonl"))
+    # The classes are counted in each of the data sets.
+    shares = {run["variant"].partition(",")[2]: run["counted"] for run in records}
+    assert sum(shares["rare=25"][6:]) < 0.7 * sum(shares["rare=100"][6:])
+    text = report.markdown(report.select(benchmark, records))
+    assert "mIoU, ohem minus plain CE:" in text
+    assert (
+        "No further seeds for weak, rare 25: at its best it lies 5.00 points behind plain CE, "
+        in text
+    )
+
+
 # --- the report ------------------------------------------------------------------------------
 
 
@@ -513,6 +556,62 @@ def test_plot_of_tuning():
     assert axis.get_xscale() == "log"
     drawn = [plots.plot(results, Path("plots"))[-1].read_bytes() for _ in range(2)]
     assert drawn[0] == drawn[1]
+
+
+# --- docs/accuracy.md ------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
+
+
+@pytest.fixture
+def cracks():
+    """The files of the page, and a small data set like the one that it speaks of."""
+    for name, text in re.findall(
+        r"<!-- test: (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), re.DOTALL
+    ):
+        Path(name).write_text(text.replace("configs/quickstart", str(config_path(CE).parent)))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2), ("test", 3)):
+        images, labels = (Path("data/cracks", kind, split) for kind in ("images", "labels"))
+        for folder in (images, labels):
+            folder.mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(100, 200, (48, 64, 3), dtype=np.uint8)
+            label = np.zeros((48, 64), np.uint8)
+            column = rng.integers(0, 62)
+            image[:, column : column + 2] //= 3
+            label[:, column : column + 2] = 1
+            label[:2] = 255
+            Image.fromarray(image).save(images / f"{i}.jpg")
+            Image.fromarray(label).save(labels / f"{i}.png")
+    assert len(Path("cracks.yaml").read_text().splitlines()) <= 13
+    return files.load_benchmark("cracks.yaml")
+
+
+def test_the_benchmark_of_the_docs_fits_a_data_set_of_two_classes(cracks):
+    plan = Plan(cracks, arguments(), Path("work"))
+    assert len(plan.due([])) == 8
+    assert plan.total([]) == 12
+    cfg = plan.job("ours", 0.01, 0).cfg
+    assert cfg.model.decode_head.loss_decode.to_dict() == {"type": "OhemCrossEntropyLoss"}
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
+    assert cfg.train_dataloader.dataset.type == "BaseSegDataset"
+    shares = jobs.class_shares(cfg, Path("shares.json"))
+    # Two columns of 64.
+    assert shares == pytest.approx([31 / 32, 1 / 32], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_docs_runs(cracks):
+    command = [sys.executable, str(TOOL), "run", "cracks.yaml", "--seeds", "0", "--cfg-options"]
+    command += ["train_cfg.max_iters=52", "train_cfg.val_interval=52", "param_scheduler.1.end=52"]
+    command += ["model.data_preprocessor.size=(48,64)", "train_dataloader.batch_size=2"]
+    command += ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(read_records(Path("cracks.jsonl"))) == 8
+    assert "| plain CE | 0.0" in result.stdout
+    assert "lr of each variant, chosen by the val mIoU after training (seed 0" in result.stdout
 
 
 # --- a real run that is killed ---------------------------------------------------------------

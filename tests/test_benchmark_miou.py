@@ -355,6 +355,101 @@ def test_grid_report():
     assert "Not run yet: t 0.7, k 1/4, avg all (seed 0)." in text
 
 
+COMPARED = """
+name: crossed
+seeds: [0, 1]
+baseline: ce
+variants:
+  ce: {label: plain CE, config: a, cfg_options: {y: 1}}
+  ours: {config: b}
+grid:
+  cfg_options: {x: 1}
+  axes:
+    rare: {key: [train.rare, test.rare], values: [100, 25], labels: [all, a quarter]}
+    length: {key: iters, values: [300, 900]}
+"""
+
+
+def test_a_grid_without_a_config_compares_the_variants_in_each_cell():
+    bench = files.load_benchmark(write_yaml(COMPARED))
+    assert bench.rows == {"ce": "plain CE", "ours": "ours"}
+    assert bench.baseline_label == "plain CE"
+    assert len(bench.variants) == 8
+    cell = bench.variants["ours,rare=25,length=900"]
+    assert (cell.config, cell.cell, cell.row) == ("b", (1, 1), "ours")
+    assert cell.label == "ours, rare a quarter, length 900"
+    options = {"train.rare": 25, "test.rare": 25, "iters": 900}
+    assert cell.cfg_options == ({}, {"x": 1}, options)
+    assert bench.variants["ce,rare=25,length=900"].cfg_options == ({"y": 1}, {"x": 1}, options)
+    assert bench.baseline_of("ours,rare=25,length=900") == "ce,rare=25,length=900"
+    with pytest.raises(cli.UserError, match="'focal' is none of the variants: ce, ours"):
+        files.load_benchmark(write_yaml(COMPARED.replace("baseline: ce", "baseline: focal")))
+    alone = COMPARED.replace("variants:", "grid:").split("grid:")
+    with pytest.raises(cli.UserError, match="grid needs a config, or variants to compare"):
+        files.load_benchmark(write_yaml(f"{alone[0]}grid:{alone[2]}"))
+
+
+def compared():
+    """Differences of ours in the four cells, seed by seed: 4 and 6, 1 and 3, -1 and 1, none."""
+    levels = {"100,length=300": 50, "100,length=900": 60, "25,length=300": 40, "25,length=900": 55}
+    gains = {"100,length=300": (4, 6), "100,length=900": (1, 3), "25,length=300": (-1, 1)}
+    for cell, level in levels.items():
+        for seed in (0, 1):
+            plain = [level + 10.0 * seed] * 3
+            yield fake(f"ce,rare={cell}", seed, plain, name="crossed", curve=[])
+            if cell in gains:
+                iou = [value + gains[cell][seed] for value in plain]
+                yield fake(f"ours,rare={cell}", seed, iou, name="crossed", curve=[])
+
+
+def test_report_of_a_grid_in_which_variants_are_compared():
+    bench = files.load_benchmark(write_yaml(COMPARED))
+    results = report.select(bench, list(compared()))
+    text = report.markdown(results)
+    assert (
+        "mIoU, plain CE:\n\n"
+        "| rare      |   length 300 |   length 900 |\n"
+        "| --------- | -----------: | -----------: |\n"
+        "| all       | 55.00 ± 7.07 | 65.00 ± 7.07 |\n"
+        "| a quarter | 45.00 ± 7.07 | 60.00 ± 7.07 |\n" in text
+    )
+    # Each pair of differences has a standard deviation of sqrt(2), and 3 pairs have 3 degrees of
+    # freedom: t(0.975, 3) = 3.18245, times sqrt(2) / sqrt(2).
+    assert (
+        "mIoU, ours minus plain CE:\n\n"
+        "| rare      | length 300 | length 900 |\n"
+        "| --------- | ---------: | ---------: |\n"
+        "| all       |  **+5.00** |      +2.00 |\n"
+        "| a quarter |      +0.00 |          - |\n" in text
+    )
+    assert (
+        "Noise of mIoU, ours minus plain CE: between seeds a difference varies by 1.41 (standard "
+        "deviation, pooled over the cells, 3 degrees of freedom), so the mean of 2 seeds shows "
+        "nothing below 3.18 (95 %)." in text
+    )
+    assert "Not run yet: ours, rare a quarter, length 900 (seed 0, 1)." in text
+    assert "Runs of one seed have the same initial weights and order of the images." in text
+    figure = plots._draw_grid(results)
+    words = {
+        (text.get_text(), text.get_fontweight()) for frame in figure.axes for text in frame.texts
+    }
+    assert {("+5.0", "bold"), ("+2.0", "normal"), ("+0.0", "normal"), ("65.0", "normal")} <= words
+    # Runs of other seeds than the baseline's say nothing of the noise.
+    one = [run for run in compared() if run["variant"][:2] == "ce" or run["seed"] == 0]
+    assert "Noise" not in report.markdown(report.select(bench, one))
+
+
+def test_pooled_spread():
+    assert words.pooled([[1.0], []]) is None
+    spread, freedom = words.pooled([[1.0, 3.0], [10.0, 12.0, 14.0], [5.0]])
+    # Sums of squares 2 and 8, with 1 and 2 degrees of freedom.
+    assert (spread, freedom) == (pytest.approx((10 / 3) ** 0.5), 3)
+    assert words.half_width_of(2.0, 2, 4) == pytest.approx(4.30265)
+    assert words.least_shown([1.0, 2.0, 3.0]) == "2.48"
+    assert words.least_shown([1.0]) == "-"
+    assert words.least_shown([1.0, float("nan")]) == "-"
+
+
 def test_plots_are_the_same_bytes_every_time(records):
     bench = files.load_benchmark(write_yaml(BENCH))
     grid = files.load_benchmark(write_yaml(GRID, "grid.yaml"))

@@ -436,14 +436,30 @@ def test_benchmark_variants_train_with_what_they_are_named_after(path: Path) -> 
         assert without_loss(cfg) == around, name
         height, width = cfg.model.data_preprocessor.size
         for head in build_heads(cfg, heads_alone=True).values():
-            loss, sampler = head.loss_decode, head.sampler
+            losses, sampler = head.loss_decode, head.sampler
+            losses = list(losses) if isinstance(losses, torch.nn.ModuleList) else [losses]
+            loss = losses[0]
+            kinds = [type(one).__name__ for one in losses]
+            assert [one.loss_name for one in losses] == list(
+                dict.fromkeys(one.loss_name for one in losses)
+            )
             if name.startswith(("ours", "hrnet", "thresh=")):
                 assert isinstance(loss, OhemCrossEntropyLoss), name
+                assert kinds[1:] == ["RegionLoss"] * ("dice" in name), name
                 assert sampler is None
                 assert ("schedule" in name) == ("OhemScheduleHook" in str(cfg.custom_hooks))
+            elif name in ("ce-dice", "ce-jaccard"):
+                assert kinds == ["OhemCrossEntropyLoss", "RegionLoss"]
+                assert (loss.thresh, loss.min_kept) == (None, 1)  # nothing is mined
             else:
-                assert type(loss).__name__ == "CrossEntropyLoss", name
+                assert kinds == ["CrossEntropyLoss"] + ["DiceLoss"] * ("mmseg-dice" in name), name
                 assert (sampler is not None) == name.startswith("sampler"), name
+            if "dice" in name or "jaccard" in name:
+                assert [one.loss_weight for one in losses] == (
+                    [0.25, 0.75] if "jaccard" in name else [1, 1]
+                )
+                if "mmseg" not in name:
+                    assert losses[1].rule.kind == name.rpartition("-")[2]
             if sampler is not None:
                 assert sampler.min_kept == height * width // 16
                 assert sampler.thresh == (None if "topk" in name else 0.7)
@@ -458,20 +474,32 @@ def test_benchmark_variants_train_with_what_they_are_named_after(path: Path) -> 
             elif name.startswith("ours"):
                 pool = name[5:] if name[5:] in ("class", "image") else "batch"
                 assert (loss.thresh, loss.min_kept, loss.pool, loss.avg) == (
-                    0.7,
+                    0.9 if name == "ours-0.9" else 0.7,
                     1 / 16,
                     pool,
                     "kept",
                 )
             assert (
-                head.loss_decode.use_sigmoid
-                == (head.out_channels == 1)
-                == ("bce" in name or "sigmoid" in name)
+                loss.use_sigmoid == (head.out_channels == 1) == ("bce" in name or "sigmoid" in name)
             )
     steps = [s for s in cfg.train_dataloader.dataset.pipeline if s.type in ("Resize", "RandomCrop")]
     size = steps[-1].get("crop_size") or steps[-1].scale[::-1]
     assert tuple(size) == (height, width)
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
+    # YAML has no tuples of its own, and mmcv's transforms do not take lists for them.
+    results = {
+        "img": np.zeros((360, 480, 3), np.uint8),
+        "gt_seg_map": np.zeros((360, 480), np.uint8),
+        "seg_fields": ["gt_seg_map"],
+    }
+    results |= dict.fromkeys(("img_shape", "ori_shape"), (360, 480))
+    init_default_scope("mmseg")
+    for step in cfg.train_dataloader.dataset.pipeline:
+        if not step.type.startswith("Load"):
+            results = registry.TRANSFORMS.build(step)(results)
+    sides = results["inputs"].shape[1:]
+    assert sides[0] <= height
+    assert sides[1] <= width
 
 
 def samples(height: int, width: int, classes: int) -> list[SegDataSample]:
@@ -598,6 +626,7 @@ def test_metafiles_give_the_means_of_the_records() -> None:
                     if record["config"] == f"{label(config)}.py"
                     and record["variant"] in ("ce", "sampler", "sampler-thresh", "ours")
                     and record["iterations"] == model["Metadata"]["Iterations"]
+                    and record.get("tuned") is None
                 ]
                 for records in results
             ]

@@ -92,6 +92,31 @@ def test_rare_classes_are_rare_and_every_class_is_there() -> None:
     assert share[10:255].sum() == 0
 
 
+def test_how_rare_the_rare_classes_are_can_be_set() -> None:
+    counts = {}
+    for rare in (100, 25, 0):
+        counts[rare] = np.zeros(256, int)
+        for i in range(120):
+            label = draw_scene(i, size=(96, 192), rare=rare)[1]
+            counts[rare] += np.bincount(label.ravel(), minlength=256)
+    share = {rare: count[RARE].sum() / counts[100][RARE].sum() for rare, count in counts.items()}
+    # Fewer things hide each other, so a little more than a quarter is seen.
+    assert 0.2 < share[25] < 0.35
+    assert share[0] == 0
+    # What hid behind them is seen; the rest of the street is the same.
+    common = [scenes.CLASSES.index(c) for c in ("road", "building", "sky", "tree", "car")]
+    np.testing.assert_allclose(counts[0][common], counts[100][common], rtol=0.06)
+    plain = draw_scene(0, size=(96, 192), rare=100)
+    np.testing.assert_array_equal(plain[0], draw_scene(0, size=(96, 192))[0])
+
+
+def test_scenes_with_few_rare_things_have_addresses_of_their_own() -> None:
+    dataset = StreetScenesDataset(num_scenes=3, size=(96, 192), rare=25, pipeline=PIPELINE)
+    assert dataset[2]["data_samples"].img_path == "scenes://train-0-96x192-rare25/00002.png"
+    want = draw_scene(2, size=(96, 192), rare=25)[1]
+    np.testing.assert_array_equal(dataset[2]["data_samples"].gt_sem_seg.data[0].numpy(), want)
+
+
 def test_poles_are_thin() -> None:
     pole = scenes.CLASSES.index("pole")
     runs = []
@@ -141,6 +166,7 @@ def test_bad_address_is_named(address: str) -> None:
         ({"num_scenes": 0}, "num_scenes is 0"),
         ({"size": (32, 192)}, r"size is \(32, 192\)"),
         ({"seed": -1}, "seed is -1"),
+        ({"rare": 101}, "rare is 101; it must be a per cent from 0 to 100"),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:

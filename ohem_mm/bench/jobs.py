@@ -347,6 +347,7 @@ def _check_choosing_split(cfg: Config, benchmark: Benchmark) -> None:
 
 def class_shares(cfg: Config, cache: Path) -> list[float]:
     """The share of each class in the labelled pixels of the training set, counted once."""
+    known: dict[str, list[float]] = read_json(cache) or {}
     dataset_cfg = copy.deepcopy(cfg.train_dataloader.dataset)
     for _, node in cli.iter_dicts(dataset_cfg):
         if "pipeline" in node:
@@ -355,9 +356,8 @@ def class_shares(cfg: Config, cache: Path) -> list[float]:
         if cli.type_name(node) == "RepeatDataset":
             node["times"] = 1
     key = hashlib.sha1(str(dataset_cfg).encode(), usedforsecurity=False).hexdigest()
-    cached = read_json(cache)
-    if cached and cached["key"] == key:
-        return list(cached["shares"])
+    if key in known:
+        return known[key]
 
     import mmseg.datasets  # noqa: F401  (registers them)
     from mmengine.registry import init_default_scope
@@ -370,9 +370,9 @@ def class_shares(cfg: Config, cache: Path) -> list[float]:
     for i in range(len(dataset)):
         labels = torch.as_tensor(dataset[i]["gt_seg_map"]).flatten().long()
         count += torch.bincount(labels, minlength=len(count))[: len(count)]
-    shares = [round(share, 6) for share in (count / count.sum()).tolist()]
-    write_json(cache, {"key": key, "shares": shares})
-    return shares
+    known[key] = [round(share, 6) for share in (count / count.sum()).tolist()]
+    write_json(cache, known)
+    return known[key]
 
 
 def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path) -> None:
@@ -401,8 +401,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path)
         if not waiting:
             say("nothing is left to run; to run them again, give another file with --records")
         else:
-            shares = class_shares(waiting[0].cfg, folder / "class_shares.json")
-            failed = _run_jobs(plan, shares, records)
+            failed = _run_jobs(plan, records)
             _complain(failed, total)
 
 
@@ -431,7 +430,7 @@ def collect(job: Job, records: Path, keep_checkpoints: bool) -> bool:
     return True
 
 
-def _run_jobs(plan: Plan, shares: list[float], records: Path) -> list[Job]:
+def _run_jobs(plan: Plan, records: Path) -> list[Job]:
     """Run the jobs, ``--jobs`` at a time; return those that failed."""
     args = plan.args
     slots: dict[int, Job] = {}
@@ -443,6 +442,7 @@ def _run_jobs(plan: Plan, shares: list[float], records: Path) -> list[Job]:
                 for slot in range(args.jobs):
                     if slot not in slots and waiting:
                         slots[slot] = job = waiting.pop(0)
+                        shares = class_shares(job.cfg, plan.folder / "class_shares.json")
                         job.record["class_shares"] = shares
                         _start(job, slot, args)
                         display.started(job)

@@ -251,7 +251,12 @@ def _light_and_noise(c: _Canvas) -> UInt8:
 
 @lru_cache(maxsize=4)  # the label of a scene is read right after its image
 def draw_scene(
-    index: int, *, split: str = "train", size: tuple[int, int] = (128, 256), seed: int = 0
+    index: int,
+    *,
+    split: str = "train",
+    size: tuple[int, int] = (128, 256),
+    seed: int = 0,
+    rare: int = 100,
 ) -> tuple[UInt8, UInt8]:
     """Draw one scene.
 
@@ -260,6 +265,7 @@ def draw_scene(
         split: ``'train'``, ``'val'`` or ``'test'``; splits share no scene.
         size: (H, W) in pixels, each at least 48.
         seed: Seed of the whole data set, 0 or more.
+        rare: Per cent of the people and poles (with their signs and lights) that are drawn.
 
     Returns:
         The BGR image, uint8 (H, W, 3), and the label map, uint8 (H, W), with class indices into
@@ -281,6 +287,14 @@ def draw_scene(
         for _ in range(count):
             depth = c.between(30, 100) if painter is _pole else c.between(15, 85)
             objects.append((depth, c.between(0, w - 1), painter))
+    if rare < 100:  # numbers of its own, so that the rest of the street stays where it is
+        drawn = np.random.default_rng([seed, SPLITS.index(split), index, 1])
+        chances = drawn.integers(0, 100, len(objects)).tolist()
+        objects = [
+            thing
+            for thing, chance in zip(objects, chances, strict=True)
+            if chance < rare or thing[2] not in (_person, _pole)
+        ]
     # Far things first: near ones hide them.
     for depth, x, painter in sorted(objects, key=lambda o: o[:2]):
         ground = horizon + (h - horizon) * depth // 110
@@ -301,7 +315,7 @@ def draw_scene(
 
 
 _ADDRESS = re.compile(
-    r"scenes://(?P<split>train|val|test)-(?P<seed>\d+)-(?P<h>\d+)x(?P<w>\d+)/"
+    r"scenes://(?P<split>train|val|test)-(?P<seed>\d+)-(?P<h>\d+)x(?P<w>\d+)(?:-rare(?P<rare>\d+))?/"
     r"(?P<index>\d+)(?P<label>_label)?\.png"
 )
 
@@ -311,7 +325,8 @@ class ScenesBackend(BaseStorageBackend):  # type: ignore[misc]
     """Storage backend whose "files" are scenes, drawn when they are read.
 
     Addresses read ``scenes://{split}-{seed}-{H}x{W}/{index}.png`` for the image and
-    ``..._label.png`` for the label map; :class:`StreetScenesDataset` makes them.
+    ``..._label.png`` for the label map, with ``-rare{per cent}`` after the size where not all rare
+    things are drawn; :class:`StreetScenesDataset` makes them.
     """
 
     def get(self, filepath: str) -> bytes:
@@ -328,7 +343,11 @@ class ScenesBackend(BaseStorageBackend):  # type: ignore[misc]
             )
         size = int(match["h"]), int(match["w"])
         image, label = draw_scene(
-            int(match["index"]), split=match["split"], size=size, seed=int(match["seed"])
+            int(match["index"]),
+            split=match["split"],
+            size=size,
+            seed=int(match["seed"]),
+            rare=int(match["rare"] or 100),
         )
         picture = label if match["label"] else image
         _, buffer = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 0])
@@ -352,6 +371,8 @@ class StreetScenesDataset(BaseSegDataset):  # type: ignore[misc]
         split: ``'train'``, ``'val'`` or ``'test'``.
         size: (H, W) of a scene in pixels, each at least 48.
         seed: Seed of the data set, 0 or more; another seed is another data set.
+        rare: Per cent of the people and poles (with their signs and lights) that are drawn, 0 to
+            100: how rare the rare classes are.
         **kwargs: Of ``mmseg.datasets.BaseSegDataset``, such as ``pipeline`` or ``indices``.
 
     Raises:
@@ -366,6 +387,7 @@ class StreetScenesDataset(BaseSegDataset):  # type: ignore[misc]
         split: str = "train",
         size: tuple[int, int] = (128, 256),
         seed: int = 0,
+        rare: int = 100,
         **kwargs: Any,
     ) -> None:
         if split not in SPLITS:
@@ -376,8 +398,12 @@ class StreetScenesDataset(BaseSegDataset):  # type: ignore[misc]
             raise ValueError(f"size is {size}; it must be (H, W), each {MIN_SIDE} or more")
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must be 0 or more")
+        if not 0 <= rare <= 100:
+            raise ValueError(f"rare is {rare}; it must be a per cent from 0 to 100")
         self.num_scenes = num_scenes
         self.folder = f"scenes://{split}-{seed}-{size[0]}x{size[1]}"
+        if rare < 100:
+            self.folder += f"-rare{rare}"
         super().__init__(img_suffix=".png", seg_map_suffix="_label.png", **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
