@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls
 """Upsampling, cross-entropy, mining and their gradient on the GPU, without full-size logits.
 
 What is stored for each output pixel is two float32 maps, the loss and the log of the normaliser,
@@ -7,7 +8,7 @@ programs run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -48,7 +49,7 @@ def available(logits: Tensor) -> bool:
 
 def refusal(
     logits: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     constants: Iterable[Tensor | float | None] = (),
     rule: OhemRule | None = None,
 ) -> str | None:
@@ -67,7 +68,7 @@ def refusal(
         return f"cannot take {logits.dtype} on {logits.device.type}"
     if any(isinstance(value, Tensor) and value.requires_grad for value in constants):
         return "has no gradient of weights, class weights and avg_factor"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         return "cannot be transformed by torch.func"
     if rule is not None and (rule.pool == "world" or rule.habits != OURS):
         return "does not know this rule"
@@ -199,6 +200,7 @@ class _Ohem(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(logits, maps.loss, maps.normaliser, maps.label, result.divisor)
         ctx.mark_non_differentiable(result.hits, result.valid)
+        ctx.set_materialize_grads(False)  # zeros for the two would be two more launches
         return result.loss, result.hits, result.valid
 
     @staticmethod
@@ -219,7 +221,7 @@ class _Ohem(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _sizes(logits: Tensor, size: tuple[int, int]) -> geometry.Sizes:
+def _sizes(logits: Tensor, size: Sequence[int]) -> geometry.Sizes:
     n, c, h, w = logits.shape
     return geometry.Sizes(n, c, h, w, int(size[0]), int(size[1]))
 

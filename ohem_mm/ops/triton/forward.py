@@ -229,7 +229,9 @@ def _forward(
         tl.store(label_map + tile + place, kept_label.to(label_map.dtype.element_ty), mask=inside)
         if kind.smooth:
             extra = sum_z if kind.sigmoid else true_z - sum_z / classes
-            tl.store(smooth_loss + tile + place, tl.fma(extra, smoothing * LN_2, pixel), mask=inside)
+            tl.store(
+                smooth_loss + tile + place, tl.fma(extra, smoothing * LN_2, pixel), mask=inside
+            )
         if kind.hits:
             # A single channel is the highest whatever its value: channel 0.
             num_hits += count(label == 0 if kind.single else true_z >= best)

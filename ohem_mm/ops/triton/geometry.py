@@ -169,9 +169,7 @@ def backward(sizes: Sizes, processors: int, tiling: Tiling = TILING) -> Backward
         key=lambda rows: (rows + 1) * _rounds(strips * cdiv(sizes.low_h, rows) / schedulers),
     )
     programs = strips * cdiv(sizes.low_h, walk)
-    return BackwardPlan(
-        tiling.cells, class_tile, walk, across, deep, programs, tiling.registers
-    )
+    return BackwardPlan(tiling.cells, class_tile, walk, across, deep, programs, tiling.registers)
 
 
 def _rounds(share: float) -> float:

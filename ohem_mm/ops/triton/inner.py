@@ -20,6 +20,8 @@ try:
 except ImportError:
     triton = tl = None
 
+__all__ = ["triton", "tl"]
+
 
 class Kind(NamedTuple):
     """What a kernel is compiled for; each combination is a kernel of its own.
@@ -77,7 +79,9 @@ def kernel(*aligned: str) -> Callable[[Callable[..., Any]], Any]:
             return function
         kinds = function.__annotations__
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        plain = [name for name in names if name not in aligned and "constexpr" not in kinds.get(name, "")]
+        plain = [
+            name for name in names if name not in aligned and "constexpr" not in kinds.get(name, "")
+        ]
         return triton.jit(do_not_specialize=plain, do_not_specialize_on_alignment=plain)(function)
 
     return decorate
@@ -90,7 +94,7 @@ if tl is not None:
 
 @jit
 def axis(low, high, align_corners: tl.constexpr):
-    # Source position (a * i + b) / d of output pixel i along one axis, clamped at 0.
+    """Source position (a * i + b) / d of output pixel i along one axis, clamped at 0."""
     a, b, d = 2 * low, low - high, 2 * high
     if align_corners:
         one = (low == 1) | (high == 1)  # everything lies in cell 0, which has no second row
@@ -100,7 +104,7 @@ def axis(low, high, align_corners: tl.constexpr):
 
 @jit
 def source(i, line, last):
-    # Cell of output pixel i and the weight of its second row. The last cell has no second row.
+    """Cell of output pixel i and the weight of its second row. The last cell has no second row."""
     a, b, d = line
     position = tl.maximum(a * i + b, 0)
     cell = position // d
@@ -110,7 +114,7 @@ def source(i, line, last):
 
 @jit
 def begin(cell, line, size):
-    # First output pixel of a cell. Cell 0 also has the pixels that lie before its first row.
+    """First output pixel of a cell. Cell 0 also has the pixels that lie before its first row."""
     a, b, d = line
     first = (d * cell - b + a - 1) // a
     return tl.where(cell <= 0, 0, tl.minimum(first, size))
@@ -118,13 +122,13 @@ def begin(cell, line, size):
 
 @jit
 def between(first, second, weight):
-    # Linear interpolation, rounded in the same way wherever it stands.
+    """Linear interpolation, rounded in the same way wherever it stands."""
     return tl.fma(weight, second - first, first)
 
 
 @jit
 def log1p(x):
-    # For x >= 0. Accurate for small x, where log(1 + x) would lose the losses of easy pixels.
+    """For x >= 0. Accurate for small x, where log(1 + x) would lose the losses of easy pixels."""
     t = x / (2.0 + x)
     s = t * t
     series = 2.0 * t * (1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9)))))
@@ -133,7 +137,7 @@ def log1p(x):
 
 @jit
 def softmax_step(z, best, rest):
-    # `rest` is the sum of 2^(z - best) over all classes but the best one so far.
+    """`rest` is the sum of 2^(z - best) over all classes but the best one so far."""
     gain = z - best
     more = gain > 0
     decay = tl.exp2(-tl.abs(gain))
@@ -142,18 +146,18 @@ def softmax_step(z, best, rest):
 
 @jit
 def sigmoid_step(z, hot, total):
-    # Binary cross-entropy of one channel, in natural units, added to `total`.
+    """Binary cross-entropy of one channel, in natural units, added to `total`."""
     wrong = tl.maximum(tl.where(hot, -z, z), 0.0)
     return total + tl.fma(wrong, LN_2, log1p(tl.exp2(-tl.abs(z))))
 
 
 @jit
 def is_hard(loss, limit):
-    # Above the limit, inf or NaN: what is not finite is never mined away.
+    """Above the limit, inf or NaN: what is not finite is never mined away."""
     return (loss > limit) | (tl.abs(loss) == float("inf")) | (loss != loss)
 
 
 @jit
 def count(mask):
-    # True values of a tile.
+    """True values of a tile."""
     return tl.sum(tl.sum(mask.to(tl.int32), 1), 0)

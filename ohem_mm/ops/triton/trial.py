@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...mining import keep_pixels
-from ...rule import OhemRule
+from ...rule import OhemRule, Pool
 from ..portable import banded_cross_entropy
 from .geometry import Tiling
 
@@ -31,18 +31,18 @@ class UndecidedError(RuntimeError):
 
 
 class _Case(NamedTuple):
-    """One comparison: size of the logits, pool of the floor, and whether the floor is needed."""
+    """One comparison: logits of full size or not, pool of the floor, and whether it is needed."""
 
-    low: tuple[int, int]
-    pool: Any
+    full: bool
+    pool: Pool
     binds: bool
 
 
 _CASES = (
-    _Case(_LOW, "batch", True),
-    _Case(_LOW, "batch", False),
-    _Case(_LOW, "class", True),
-    _Case(_SIZE, "image", True),
+    _Case(False, "batch", True),
+    _Case(False, "batch", False),
+    _Case(False, "class", True),
+    _Case(True, "image", True),
 )
 
 
@@ -76,9 +76,10 @@ def trial(
             torch.autocast("cpu", enabled=False),
         ):
             for case in _CASES:
-                trouble = _compare(ohem, device, dtype, channels, use_sigmoid, case)
+                low = _SIZE if case.full else _LOW
+                trouble = _compare(ohem, device, dtype, channels, use_sigmoid, low, case)
                 if trouble:
-                    return f"{trouble} ({case.pool} floor, logits {case.low}, labels {_SIZE})"
+                    return f"{trouble} (floor of a {case.pool}, {low} to {_SIZE})"
     except (torch.OutOfMemoryError, UndecidedError) as error:
         raise UndecidedError(f"could not be tried on {device}: {_first_line(error)}") from error
     except Exception as error:  # whatever the compiler or the driver raises
@@ -96,11 +97,13 @@ def _compare(
     dtype: torch.dtype,
     channels: int,
     use_sigmoid: bool,
+    low: tuple[int, int],
     case: _Case,
 ) -> str | None:
-    start, target = make_problem(channels, use_sigmoid, case.low)
-    if type(start) is not Tensor:
-        raise UndecidedError(f"tensors are {type(start).__name__} here")
+    plain = torch.empty(0, device="cpu")
+    if type(plain) is not Tensor:
+        raise UndecidedError(f"tensors are {type(plain).__name__} here")
+    start, target = make_problem(channels, use_sigmoid, low)
     start = start.to(dtype)
     exact = start.double().requires_grad_()
     valid = target != 255
@@ -144,9 +147,7 @@ def _compare(
     return None
 
 
-def make_problem(
-    channels: int, use_sigmoid: bool, low: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def make_problem(channels: int, use_sigmoid: bool, low: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Logits and labels with many pixels of the same loss, which is larger than most others.
 
     Args:
@@ -173,9 +174,7 @@ def make_problem(
     return logits, target
 
 
-def make_rule(
-    mined: Tensor, target: Tensor, valid: Tensor, labels: int, case: _Case
-) -> OhemRule:
+def make_rule(mined: Tensor, target: Tensor, valid: Tensor, labels: int, case: _Case) -> OhemRule:
     """A rule whose choice does not hang on rounding.
 
     Args:
@@ -192,17 +191,26 @@ def make_rule(
         groups = [loss[ok] for loss, ok in zip(mined, valid, strict=True)]
     else:
         groups = [every]
-    groups = [group.sort(descending=True).values for group in groups if group.numel()]
-    share = 1 / 50 if case.binds else 1 / 2
-    near = every[int(len(every) * share) : int(len(every) * share * 1.5) + 2]
-    rank = int((near[:-1] - near[1:]).argmax())
-    limit = float(near[rank] + near[rank + 1]) / 2
     if not case.binds:
-        return OhemRule(math.exp(-limit), 0.25, case.pool)
-    least = min(len(group) for group in groups)
-    step = max(1, least // 100)
-    floor = _clearest(groups, range(max(1, least // 10), max(2, least // 3), step))
-    return OhemRule(math.exp(-limit), floor, case.pool)
+        return OhemRule(_between(every, len(every) // 2), 0.25, case.pool)
+    groups = [group.sort(descending=True).values for group in groups if group.numel()]
+    values, counts = torch.unique(mined[valid].float(), return_counts=True)
+    tied = values[counts.argmax()]
+    spans = [((g.float() > tied).sum(), (g.float() >= tied).sum()) for g in groups]
+    spans = [(int(above), int(down_to)) for above, down_to in spans if down_to - above > 1]
+    first, last = max(above for above, _ in spans) + 1, min(down_to for _, down_to in spans) - 1
+    step = max(1, (last - first) // 32)
+    floor = _clearest(groups, range(first + step, max(first + step + 1, last), step))
+    # A third of the floor is hard in the group that has most.
+    least = max(float(group[min(floor // 3, len(group) - 1)]) for group in groups)
+    return OhemRule(_between(every, int((every > least).sum())), floor, case.pool)
+
+
+def _between(ordered: Tensor, rank: int) -> float:
+    """A threshold near a rank, as a probability, that is far from any loss."""
+    near = ordered[rank // 2 : rank + 2]
+    widest = int((near[:-1] - near[1:]).argmax())
+    return math.exp(-float(near[widest] + near[widest + 1]) / 2)
 
 
 def _clearest(groups: list[Tensor], ranks: Iterable[int]) -> int:
