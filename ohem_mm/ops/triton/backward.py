@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .inner import LOG2_E, Kind, axis, begin, between, jit, kernel, options, source, tl
+from .inner import LOG2_E, Kind, axis, begin, between, jit, kernel, options, tl, weight_in
 
 
 class Saved(NamedTuple):
@@ -87,6 +87,13 @@ def run(
 @jit
 def _probability(z, norm, kind: tl.constexpr):
     return 1.0 / (1.0 + tl.exp2(-z)) if kind.sigmoid else tl.exp2(z - norm)
+
+
+@jit
+def _finite(z):
+    # A pixel that a broken logit reaches has a factor of NaN, or is not kept and has 0. Neither
+    # must be spoilt by what is computed for it; sums of a few values below the limit are finite.
+    return tl.where(tl.abs(z) < 1e37, z, 0.0)
 
 
 @jit
@@ -214,7 +221,7 @@ def _backward(
     x_begin = begin(cell, line_x, high_w)
     x_end = tl.where(inside, begin(cell + 1, line_x, high_w), x_begin)
     width = tl.max(x_end - x_begin, 0)
-    # Weight of the right column at the i-th pixel of a cell: source() without its division.
+    # Weight of the right column at the i-th pixel of a cell: weight_in() in floating point.
     x_step, x_start, x_parts = line_x
     x_scale = tl.where(cell < low_w - 1, 1.0, 0.0) / x_parts
     x_offset = (x_step * x_begin + x_start - x_parts * cell).to(tl.float32) * x_scale
@@ -224,12 +231,13 @@ def _backward(
     # no pixel is theirs, and nothing is stored for them.
     logits += image * stride_n + first_class.to(tl.int64) * stride_c
     grad += image * grad_n + first_class.to(tl.int64) * grad_c
-    plane = tl.minimum(local, classes - 1 - first_class)[:, None] * stride_c
-    left = plane + tl.minimum(tl.maximum(cell, 0), low_w - 1)[None, :] * stride_x
-    right = plane + tl.minimum(cell + 1, low_w - 1)[None, :] * stride_x
+    plane = tl.minimum(local, classes - 1 - first_class).to(tl.int64)[:, None] * stride_c
+    left = tl.minimum(tl.maximum(cell, 0), low_w - 1)[None, :] * stride_x
+    right = tl.minimum(cell + 1, low_w - 1)[None, :] * stride_x
     # The overlap belongs to the program on the left.
     mine = (c < classes)[:, None] & (inside & (lane > 0))[None, :]
-    out = local[:, None] * grad_c + cell[None, :] * grad_x
+    grad_plane = local.to(tl.int64)[:, None] * grad_c
+    out = cell[None, :] * grad_x
     first = (lane == 0)[None, :] & (c >= 0)[:, None]
     shift = tl.maximum(lane - 1, 0)[None, :] + tl.full([class_tile, cells], 0, tl.int32)
     true_label = (c + 1 if kind.single else c)[:, None]
@@ -238,13 +246,13 @@ def _backward(
     carry = tl.full([class_tile, cells], 0.0, tl.float32)
     for r in range(walk + 1):
         row = first_row - 1 + r
-        above = logits + tl.minimum(tl.maximum(row, 0), low_h - 1).to(tl.int64) * stride_y
-        below = logits + tl.minimum(row + 1, low_h - 1).to(tl.int64) * stride_y
+        above = logits + tl.minimum(tl.maximum(row, 0), low_h - 1).to(tl.int64) * stride_y + plane
+        below = logits + tl.minimum(row + 1, low_h - 1).to(tl.int64) * stride_y + plane
         # Left column and slope to the right of the row above, and what the row below adds.
-        z0 = tl.load(above + left).to(tl.float32) * LOG2_E
-        z1 = tl.load(below + left).to(tl.float32) * LOG2_E
-        slope0 = tl.load(above + right).to(tl.float32) * LOG2_E - z0
-        slope1 = tl.load(below + right).to(tl.float32) * LOG2_E - z1
+        z0 = _finite(tl.load(above + left).to(tl.float32) * LOG2_E)
+        z1 = _finite(tl.load(below + left).to(tl.float32) * LOG2_E)
+        slope0 = _finite(tl.load(above + right).to(tl.float32) * LOG2_E - z0)
+        slope1 = _finite(tl.load(below + right).to(tl.float32) * LOG2_E - z1)
         # Sums over the cell of gradients, plain and weighted by x, y and both.
         all_all = tl.full([class_tile, cells], 0.0, tl.float32)
         all_right = tl.full([class_tile, cells], 0.0, tl.float32)
@@ -252,7 +260,7 @@ def _backward(
         low_right = tl.full([class_tile, cells], 0.0, tl.float32)
         y_end = begin(row + 1, line_y, high_h)
         for y in range(begin(row, line_y, high_h), y_end):
-            _cell_y, weight_y = source(y, line_y, low_h - 1)
+            weight_y = weight_in(row, y, line_y, low_h - 1)
             z_left = between(z0, z1, weight_y)
             slope = between(slope0, slope1, weight_y)
             line = (image * high_h + y) * high_w
@@ -267,15 +275,13 @@ def _backward(
                     k = tl.load(factor + line + x, mask=live, other=0.0)
                     norm = k
                     if not kind.sigmoid:
-                        norm = tl.load(normaliser + line + x, mask=live, other=0.0)
+                        norm = tl.load(normaliser + line + x, mask=live, other=float("inf"))
                     weight_x = tl.maximum(x_offset + x_scale * i, 0.0)
                     z = tl.fma(weight_x[None, :], slope, z_left)
                     p = _probability(z, norm[None, :], kind)
-                    g = p - tl.where(label[None, :] == true_label, sharp, 0.0)
+                    g = tl.where(label[None, :] == true_label, p - sharp, p)
                     if kind.smooth:
                         g -= even
-                    # What was read of a pixel that is not kept may be NaN.
-                    g = tl.where(live[None, :], g, 0.0)
                     line_all = tl.fma(k[None, :], g, line_all)
                     line_right = tl.fma((k * weight_x)[None, :], g, line_right)
             all_all += line_all
@@ -285,6 +291,6 @@ def _backward(
         upper_right = all_right - low_right
         value = carry + (all_all - low_all) - upper_right + _from_left(upper_right, shift, first)
         if (r > 0) & (row < low_h):
-            at = grad + row.to(tl.int64) * grad_y + out
+            at = grad + row.to(tl.int64) * grad_y + grad_plane + out
             tl.store(at, _scaled(value, step).to(grad.dtype.element_ty), mask=mine)
         carry = low_all - low_right + _from_left(low_right, shift, first)

@@ -20,6 +20,7 @@ from .inner import (
     axis,
     begin,
     between,
+    cell_of,
     count,
     is_hard,
     kernel,
@@ -27,8 +28,8 @@ from .inner import (
     options,
     sigmoid_step,
     softmax_step,
-    source,
     tl,
+    weight_in,
 )
 
 
@@ -160,7 +161,9 @@ def _forward(
     else:
         y_begin = begin(block_y, axis_y, high_h)
         y_end = begin(block_y + 1, axis_y, high_h)
-        cell, weight_x = source(x, axis(low_w, high_w, kind.align_corners), low_w - 1)
+        axis_x = axis(low_w, high_w, kind.align_corners)
+        cell = cell_of(x, axis_x)
+        weight_x = weight_in(cell, x, axis_x, low_w - 1)
         # Columns outside repeat the last one inside.
         left = tl.minimum(cell, low_w - 1) * stride_x
         right = tl.minimum(cell + 1, low_w - 1) * stride_x
@@ -179,8 +182,7 @@ def _forward(
         known = valid & (label >= 0) & (label < (2 if kind.single else classes))
         label = tl.where(known, label.to(tl.int32), -1)
         # Weights in units of log 2, so that each logit comes out in them.
-        _cell, weight_y = source(y, axis_y, low_h - 1)
-        weight_y = (weight_y * LOG2_E)[:, None]
+        weight_y = (weight_in(block_y, y, axis_y, low_h - 1) * LOG2_E)[:, None]
         match = label - 1 if kind.single else label
 
         best = tl.full([rows, cols], -3.4e38, tl.float32)

@@ -113,14 +113,12 @@ def refusal(sizes: Sizes, strides: tuple[int, ...]) -> str | None:
         (sizes.low_h + 1) * (sizes.high_h + TILING.tile),
         (sizes.low_w + TILING.cells) * (sizes.high_w + TILING.tile),
     )
-    # Logits within a tile of the backward pass; those of the gradient are as far at most.
-    own = sizes.low_h * sizes.low_w * sizes.classes
-    tile = max(abs(strides[1]), own) * TILING.classes + abs(strides[3]) * sizes.low_w
+    rows = abs(strides[3]) * (sizes.low_w + TILING.cells)
     programs = max(forward(sizes).programs, backward(sizes, 1, Tiling(walk=1)).programs)
     for what, number in (
         ("pixels", pixels),
         ("positions", positions),
-        ("strides", tile),
+        ("strides", rows),
         ("programs", programs),
     ):
         if number >= _INT32:

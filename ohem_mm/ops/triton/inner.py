@@ -20,7 +20,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["triton", "tl"]
+__all__ = ["tl", "triton"]
 
 
 class Kind(NamedTuple):
@@ -103,13 +103,18 @@ def axis(low, high, align_corners: tl.constexpr):
 
 
 @jit
-def source(i, line, last):
-    """Cell of output pixel i and the weight of its second row. The last cell has no second row."""
+def cell_of(i, line):
+    """Cell of output pixel i."""
     a, b, d = line
-    position = tl.maximum(a * i + b, 0)
-    cell = position // d
-    weight = (position - cell * d).to(tl.float32) / d
-    return cell, tl.where(cell < last, weight, 0.0)
+    return tl.maximum(a * i + b, 0) // d
+
+
+@jit
+def weight_in(cell, i, line, last):
+    """Weight of the second row of a cell at its output pixel i. The last cell has none."""
+    a, b, d = line
+    inside = (tl.maximum(a * i + b, 0) - cell * d).to(tl.float32) * (1.0 / d)
+    return tl.where(cell < last, inside, 0.0)
 
 
 @jit

@@ -181,8 +181,8 @@ def launches(
     scale = torch.empty(target.shape, device="meta") if weight else None
     with (
         record() as found,
-        mock.patch.object(package, "available", lambda _: True),
-        mock.patch.object(package, "_processors", lambda _: processors),
+        mock.patch.object(package, "available", return_value=True),
+        mock.patch.object(package, "_processors", return_value=processors),
     ):
         loss, *_ = package.ohem(
             logits, target, scale, rule=rule or OhemRule(), size=(height, width), **chosen
