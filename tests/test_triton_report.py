@@ -1,4 +1,4 @@
-"""What can be known of the kernels without running them: launches, memory, variants, machine code."""
+"""What is known of the kernels without running them: launches, memory, variants, machine code."""
 
 import itertools
 import os
@@ -13,6 +13,7 @@ from ohem_mm.rule import OhemRule
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 report = pytest.importorskip("ohem_mm.ops.triton.report")
+assembly = pytest.importorskip("ohem_mm.ops.triton.assembly")
 geometry = pytest.importorskip("ohem_mm.ops.triton.geometry")
 
 pytestmark = pytest.mark.skipif(
@@ -179,7 +180,7 @@ CEILINGS: dict[str, tuple[int, int, int]] = {}
 
 @pytest.mark.parametrize("shape", report.SHAPES)
 def test_machine_code_stays_below_its_ceilings(cache, shape):
-    if report._tool("cuobjdump") is None:
+    if assembly._tool("cuobjdump") is None:
         pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
     for launch in report.launches(report.SHAPES[shape]):
         code = report.read(launch.compile(90))
@@ -193,7 +194,7 @@ def test_machine_code_stays_below_its_ceilings(cache, shape):
 
 
 def test_the_model_meets_its_aims(cache):
-    if report._tool("cuobjdump") is None:
+    if assembly._tool("cuobjdump") is None:
         pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
     rows = report.report([90])
     for shape, aim in zip(report.SHAPES, (350, 1600), strict=True):
@@ -203,7 +204,7 @@ def test_the_model_meets_its_aims(cache):
 
 
 def test_without_tools_it_reports_what_it_can(cache, monkeypatch):
-    monkeypatch.setattr(report, "_tool", lambda name: None)
+    monkeypatch.setattr(assembly, "_tool", lambda name: None)
     launch = report.launches(CITY)[-1]
     code = report.read(launch.compile(90))
     row = report.describe(launch, code, CITY, "city", 90, True)

@@ -70,41 +70,41 @@ FAULTS = {
     "wrong row below": ("forward", "tl.minimum(block_y + 1, low_h - 1)", "block_y"),
     "hits of all pixels": ("forward", "true_z >= best", "true_z <= best"),
     "wrong floor": (
-        "mining",
+        "floor",
         "tl.maximum(floor, share), valid)",
         "tl.maximum(floor, share) - 9, valid)",
     ),
     "pixels of the first program alone": (
-        "mining",
+        "floor",
         "start + every < share_programs",
         "start + every < 1",
     ),
     "floor that is never needed": (
-        "mining",
+        "floor",
         "tl.sum(hard, 0) < k, 0, -1",
         "tl.sum(hard, 0) < k, -1, -1",
     ),
-    "wrong histogram digit": ("mining", "digit = (bits >> shift)", "digit = (bits >> (shift + 1))"),
+    "wrong histogram digit": ("floor", "digit = (bits >> shift)", "digit = (bits >> (shift + 1))"),
     "other digits counted": (
-        "mining",
+        "floor",
         "alive &= (bits >> (shift + 10)) == prefix",
         "alive &= bits >= 0",
     ),
     "last block of a histogram": (
-        "mining",
+        "floor",
         "mask=place < pixels, other",
         "mask=place < pixels - block, other",
     ),
     "blocks after the first": (
-        "mining",
+        "floor",
         "range(part * block, end, tl",
         "range(part * block, part * block + 1, tl",
     ),
-    "wrong digit chosen": ("mining", "(at_least >= rank)", "(at_least > rank)"),
-    "rank not carried on": ("mining", "rank -= tl.sum(", "rank += 0 * tl.sum("),
+    "wrong digit chosen": ("floor", "(at_least >= rank)", "(at_least > rank)"),
+    "rank not carried on": ("floor", "rank -= tl.sum(", "rank += 0 * tl.sum("),
     "wrong class's floor": ("mining", "at = 3 * groups + label", "at = 3 * groups + 0 * label"),
     "hard pixels of a class": (
-        "mining",
+        "floor",
         "tl.load(hard + group) < sought",
         "tl.load(hard + group) >= sought",
     ),
@@ -137,8 +137,11 @@ FAULTS = {
 }
 
 
+MODULES = [f"ohem_mm.ops.triton.{name}" for name in ("forward", "floor", "mining", "backward")]
+
+
 def with_fault(name):
-    """A module of kernels with a fault in its source, and the name of that module."""
+    """A module of kernels, and its source with a fault."""
     module, right, wrong = FAULTS[name]
     original = importlib.import_module(f"ohem_mm.ops.triton.{module}")
     source = inspect.getsource(original)
@@ -157,9 +160,11 @@ def test_it_finds_a_planted_fault(small, monkeypatch, tmp_path, name):
     faulty = types.ModuleType(original.__name__)
     faulty.__file__, faulty.__package__ = str(path), original.__package__
     exec(compile(source, str(path), "exec"), faulty.__dict__)
-    for key in list(vars(original)):
-        if isinstance(vars(original)[key], triton.runtime.interpreter.InterpretedFunction):
-            monkeypatch.setattr(original, key, vars(faulty)[key])
+    for key, function in list(vars(original).items()):
+        if isinstance(function, triton.runtime.interpreter.InterpretedFunction):
+            for module in map(sys.modules.get, MODULES):
+                if vars(module).get(key) is function:
+                    monkeypatch.setattr(module, key, vars(faulty)[key])
     trouble = kernels.trial(DEVICE, torch.float32, 2, False)
     assert trouble is not None
     assert "fails" not in trouble

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...rule import OURS, OhemRule
-from . import backward, forward, geometry, mining
+from . import backward, floor, forward, geometry, mining
 from . import trial as _trial
 from .inner import Kind, triton
 from .trial import UndecidedError
@@ -173,7 +173,7 @@ class _Ohem(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sizes, kind, rule = call.sizes, call.kind, call.rule
         with torch.cuda.device_of(logits):
-            state = mining.make_state(logits, 2 if kind.single else sizes.classes, rule)
+            state = floor.make_state(logits, 2 if kind.single else sizes.classes, rule)
             maps = forward.run(
                 logits,
                 target.contiguous(),
@@ -181,7 +181,7 @@ class _Ohem(torch.autograd.Function):
                 kind,
                 ignore_index=call.ignore_index,
                 smoothing=call.smoothing,
-                limit=mining.limit_of(rule),
+                limit=floor.limit_of(rule),
                 state=state.all,
                 plan=geometry.forward(sizes, call.tiling),
             )
