@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...rule import OURS, OhemRule
+from ...rule import OhemRule
 from . import backward, floor, forward, geometry, mining
 from . import trial as _trial
 from .inner import Kind, triton
@@ -70,7 +70,7 @@ def refusal(
         return "has no gradient of weights, class weights and avg_factor"
     if torch._C._are_functorch_transforms_active():
         return "cannot be transformed by torch.func"
-    if rule is not None and (rule.pool == "world" or rule.habits != OURS):
+    if rule is not None and (rule.pool == "world" or not rule.plain):
         return "does not know this rule"
     return geometry.refusal(_sizes(logits, size), logits.stride())
 
