@@ -180,7 +180,7 @@ CEILINGS: dict[str, tuple[int, int, int]] = {}
 
 @pytest.mark.parametrize("shape", report.SHAPES)
 def test_machine_code_stays_below_its_ceilings(cache, shape):
-    if assembly._tool("cuobjdump") is None:
+    if assembly.tool("cuobjdump") is None:
         pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
     for launch in report.launches(report.SHAPES[shape]):
         code = report.read(launch.compile(90))
@@ -194,7 +194,7 @@ def test_machine_code_stays_below_its_ceilings(cache, shape):
 
 
 def test_the_model_meets_its_aims(cache):
-    if assembly._tool("cuobjdump") is None:
+    if assembly.tool("cuobjdump") is None:
         pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
     rows = report.report([90])
     for shape, aim in zip(report.SHAPES, (350, 1600), strict=True):
@@ -204,7 +204,7 @@ def test_the_model_meets_its_aims(cache):
 
 
 def test_without_tools_it_reports_what_it_can(cache, monkeypatch):
-    monkeypatch.setattr(assembly, "_tool", lambda name: None)
+    monkeypatch.setattr(assembly, "tool", lambda name: None)
     launch = report.launches(CITY)[-1]
     code = report.read(launch.compile(90))
     row = report.describe(launch, code, CITY, "city", 90, True)

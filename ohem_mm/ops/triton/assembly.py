@@ -192,14 +192,14 @@ class Code:
 def read(compiled: Any) -> Code:
     """Registers, spills and so on of a compiled kernel."""
     shared = int(compiled.metadata.shared)
-    tool = _tool("cuobjdump")
-    if tool is None:
+    program = tool("cuobjdump")
+    if program is None:
         return Code(None, None, shared, None, None, None)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _output(tool, "-res-usage", str(cubin))
-        text = _output(tool, "-sass", str(cubin))
+        usage = _output(program, "-res-usage", str(cubin))
+        text = _output(program, "-sass", str(cubin))
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", text)
@@ -241,7 +241,7 @@ def _loops(code: list[tuple[int, str, str]]) -> Loop:
 
 
 @lru_cache
-def _tool(name: str) -> str | None:
+def tool(name: str) -> str | None:
     """A program of the CUDA toolkit that lies inside the wheel of Triton, or None."""
     if triton is None:
         return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ...errors import UserError
 from . import geometry
-from .assembly import Code, Launch, Loop, launches, read
+from .assembly import Code, Launch, Loop, launches, read, tool
 
 
 class Machine(NamedTuple):
@@ -93,6 +95,15 @@ class Row:
     megabytes: float
     microseconds: float | None
     bound: str | None
+
+
+def missing() -> list[str]:
+    """What cannot be reported here, in sentences."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("nothing is compiled with TRITON_INTERPRET=1; unset it")
+    if tool("cuobjdump") is None:
+        return ["cuobjdump is not in this build of Triton: no registers, instructions and times."]
+    return []
 
 
 def describe(
