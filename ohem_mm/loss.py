@@ -113,9 +113,8 @@ def ohem_cross_entropy(
         shared is None
         and choose_backend(logits, use_sigmoid) == "triton"
         and reduction != "none"
-        and rule.pool != "world"
-        and rule.plain
         and not (stats and "kept" in stats)
+        and not triton.refusal(logits, target.shape[1:], (weight, class_weight, avg_factor), rule)
     ):
         # One pass from logits to loss; the maps of `stats` do not exist there.
         loss, hits, num_valid = triton.ohem(

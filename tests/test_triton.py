@@ -4,7 +4,6 @@ Without a GPU the kernels run in Triton's interpreter. Triton decides that when 
 ``test_in_the_interpreter`` runs this file once more in a process of its own.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -13,23 +12,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ohem_mm import OhemCrossEntropyLoss, reference
+from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
 from ohem_mm.ops import choose_backend
-from ohem_mm.rule import SETTINGS, OhemRule
+from ohem_mm.rule import SETTINGS, Habits, OhemRule
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 kernels = pytest.importorskip("ohem_mm.ops.triton")
+geometry = pytest.importorskip("ohem_mm.ops.triton.geometry")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="runs within test_in_the_interpreter"
 )
-compiles = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
 DEFAULTS = {
     "thresh": 0.7,
@@ -56,14 +52,14 @@ def kernel_arguments(rule):
     return {"rule": OhemRule(**decides), **rule}
 
 
+# Several programs, tiles and overlaps even on tiny maps.
+SMALL = geometry.Tiling(tile=32, cells=4, classes=4, block=64, programs=4)
+tiling = geometry.TILING
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several programs, tiles and overlaps even on tiny maps."""
-    monkeypatch.setattr(kernels, "_TILE", 32)
-    monkeypatch.setattr(kernels, "_CELLS", 4)
-    monkeypatch.setattr(kernels, "_CLASSES", 4)
-    monkeypatch.setattr(kernels, "_BLOCK", 64)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 4)
+    monkeypatch.setattr(sys.modules[__name__], "tiling", SMALL)
 
 
 def ours(logits, target, weight=None, **rule):
@@ -79,6 +75,7 @@ def ours(logits, target, weight=None, **rule):
         weight,
         size=tuple(target.shape[1:]),
         with_hits=True,
+        tiling=tiling,
         **kernel_arguments(rule),
     )
     (loss * 2).backward()
@@ -179,10 +176,9 @@ def test_negative_ignore_index():
 
 
 @runs
-@pytest.mark.parametrize("walk", [1, 4])
+@pytest.mark.parametrize("walk", [1, 2, 4, 7])
 def test_rows_that_a_program_walks_down(small_tiles, monkeypatch, walk):
-    monkeypatch.setattr(kernels, "_WALK", walk)
-    monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", 0)
+    monkeypatch.setattr(sys.modules[__name__], "tiling", SMALL._replace(walk=walk))
     logits, target = batch(3, (1, 6, 5, 5), (11, 9))
     check(logits, target, thresh=0.9)
 
@@ -247,14 +243,38 @@ def test_weights(avg, weighted_mean):
     check(logits[:, :, :3, :4], target, weight, class_weight=class_weight, **rule)
 
 
+TIES = {
+    "some": {"thresh": 0.01, "min_kept": 20},
+    "all": {"thresh": None, "min_kept": 1000},
+    "none": {"thresh": 0.5, "min_kept": 0},
+    "per image": {"thresh": 0.01, "min_kept": 9, "min_kept_per": "image"},
+    "share": {"thresh": 0.01, "min_kept": 0.7},
+    "always": {"thresh": 0.01, "min_kept": 20, "always_keep": (1,)},
+}
+
+
 @runs
+@pytest.mark.parametrize("avg", ["kept", "valid"])
 @pytest.mark.parametrize("pool", ["batch", "image", "class"])
-def test_ties_are_all_kept(pool):
+@pytest.mark.parametrize("name", TIES)
+def test_ties_share_the_places_that_are_left(small_tiles, name, pool, avg):
     logits = torch.tensor([2.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 3, 4).contiguous()
     target = torch.zeros(2, 6, 8, dtype=torch.long)
     target[:, 3:] = 1
     target[0, 0, :5] = 255
-    check(logits, target, thresh=0.01, min_kept=2, pool=pool)
+    check(logits, target, **TIES[name], pool=pool, avg=avg)
+
+
+@runs
+@pytest.mark.parametrize("pool", ["batch", "class"])
+def test_ties_with_weights_and_at_zero(small_tiles, pool):
+    # Losses of exactly 0: the pixels that the textbook's top-k would choose among by their order.
+    logits = torch.tensor([90.0, 0.0, -90.0]).view(1, 3, 1, 1).expand(2, 3, 4, 5).contiguous()
+    logits[0, :, 0] = 0
+    target = torch.zeros(2, 4, 5, dtype=torch.long)
+    weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    rule = {"thresh": 0.1, "min_kept": 0.5, "pool": pool, "weighted_mean": True}
+    check(logits, target, weight, class_weight=torch.tensor([0.5, 2.0, 1.0]), **rule)
 
 
 @st.composite
@@ -421,34 +441,6 @@ def test_the_loss_uses_it_on_request(monkeypatch):
     assert stats["kept"].shape == target.shape
 
 
-@runs
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("channels", "use_sigmoid"), [(1, True), (4, True), (5, False)])
-def test_trial_passes(dtype, channels, use_sigmoid):
-    assert kernels.trial(torch.device(DEVICE), dtype, channels, use_sigmoid) is None
-
-
-@runs
-def test_trial_finds_what_is_wrong(monkeypatch):
-    def trial():
-        return kernels.trial(torch.device(DEVICE), torch.float32, 3, False)
-
-    def replace(name, change):
-        original = getattr(kernels, name)
-        with pytest.MonkeyPatch.context() as context:
-            context.setattr(kernels, name, lambda *args: change(original(*args)))
-            return trial()
-
-    def fail(_):
-        raise RuntimeError("PassManager::run failed")
-
-    assert "finds a loss of" in replace("_mine", lambda out: (out[0] * 1.01, *out[1:]))
-    assert "finds another gradient" in replace("_run_backward", lambda grad: grad.roll(1, 0))
-    assert "counts other hits" in replace("_mine", lambda out: (*out[:2], out[2] + 1, out[3]))
-    assert "fails on" in replace("_run_backward", fail)
-    assert "PassManager" in replace("_mine", fail)
-
-
 def test_available():
     logits = torch.zeros(1, 2, 3, 3, device=DEVICE)
     assert kernels.available(logits) == (DEVICE == "cuda" or INTERPRETED)
@@ -456,152 +448,81 @@ def test_available():
     assert not kernels.available(logits[0])
 
 
-# --- what can be known without running -----------------------------------------------------------
-
-NAMES = {
-    "_forward",
-    "_count_digits",
-    "_choose_digit",
-    "_select",
-    "_finish",
-    "_backward",
-    "_backward_full",
-}
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+# --- what is left to other paths ------------------------------------------------------------------
 
 
-class Launches:
-    """Stands in for the kernels: notes each launch as Triton would specialise it."""
-
-    def __init__(self, monkeypatch):
-        self.count, self.sources = 0, {}
-        for name in NAMES:
-            monkeypatch.setattr(kernels, name, Launcher(self, getattr(kernels, name)))
-
-
-class Launcher:
-    def __init__(self, launches, kernel):
-        self.launches, self.kernel = launches, kernel
-
-    def __getitem__(self, grid):
-        assert all(1 <= size < 2**16 for size in grid[1:])  # CUDA's limit
-        return self.launch
-
-    def launch(self, *args, **options):
-        from triton.compiler import ASTSource
-
-        self.launches.count += 1
-        values = dict(zip((p.name for p in self.kernel.params), args, strict=False)) | options
-        options = {
-            name: options[name] for name in ("num_warps", "enable_fp_fusion") if name in options
-        }
-        constants, attributes = {}, {}
-
-        def specialise(value, path, constant=False):
-            if isinstance(value, tuple) and not constant:
-                return tuple(specialise(item, (*path, i)) for i, item in enumerate(value))
-            if constant or (type(value) is int and value == 1):
-                constants[path] = value
-                return "constexpr"
-            if isinstance(value, torch.Tensor):
-                attributes[path] = [["tt.divisibility", 16]]
-                return POINTERS[value.dtype]
-            if isinstance(value, float):
-                return "fp32"
-            if value % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-        signature = {
-            p.name: specialise(values[p.name], (i,), p.is_constexpr)
-            for i, p in enumerate(self.kernel.params)
-        }
-        key = (self.kernel.__name__, str((signature, constants, attributes)))
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        self.launches.sources[key] = (source, options)
+@runs
+def test_class_weight_may_lie_elsewhere():
+    logits, target = batch(14, (1, 3, 3, 3), (5, 5))
+    weight = torch.tensor([0.5, 2.0, 1.0])
+    options = kernel_arguments({"class_weight": weight})
+    loss, *_ = kernels.ohem(logits.to(DEVICE), target.to(DEVICE), None, size=(5, 5), **options)
+    expected, _ = oracle(logits, target, class_weight=weight)
+    torch.testing.assert_close(loss.cpu().double(), expected.double())
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of everything that is allocated, freed or not."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[id(storage)] = storage
-        return out
-
-
-def dry_run(shape, size, dtype=torch.float32, kind=torch.int64, weight=False, **rule):
-    """Run the host's part on tensors without data, which any wait for a value would trip over."""
-    logits = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-    target = torch.empty(shape[0], *size, dtype=kind, device="meta")
-    weight = torch.empty(target.shape, device="meta") if weight else None
-    inputs = {id(t.untyped_storage()) for t in (logits, target)}
-    with Allocations() as allocations:
-        loss, *_ = kernels.ohem(logits, target, weight, size=size, **kernel_arguments(rule))
-        loss.backward()
-    assert logits.grad.shape == logits.shape
-    storages = allocations.storages.items()
-    return sum(storage.nbytes() for name, storage in storages if name not in inputs)
+@runs
+@pytest.mark.parametrize("name", ["weight", "class_weight", "avg_factor"])
+def test_gradients_that_the_kernels_do_not_have(name):
+    logits, target = batch(14, (1, 3, 3, 3), (5, 5))
+    given = {"class_weight": torch.ones(3), "avg_factor": torch.tensor(2.0)}
+    given["weight"] = torch.ones(target.shape)
+    given = {key: value.to(DEVICE) for key, value in given.items()}
+    logits, target = logits.to(DEVICE), target.to(DEVICE)
+    assert kernels.refusal(logits, (5, 5), given.values()) is None
+    given[name].requires_grad_()
+    reason = kernels.refusal(logits, (5, 5), given.values())
+    assert reason == "has no gradient of weights, class weights and avg_factor"
+    weight = given.pop("weight")
+    with pytest.raises(ValueError, match=reason):
+        kernels.ohem(logits, target, weight, size=(5, 5), **kernel_arguments(given))
 
 
-@compiles
-@pytest.mark.parametrize(
-    ("shape", "size", "mebibytes"),
-    [((4, 19, 128, 128), (1024, 1024), 50), ((16, 150, 128, 128), (512, 512), 260)],
-)
-def test_launches_and_memory(monkeypatch, shape, size, mebibytes):
-    launches = Launches(monkeypatch)
-    allocated = dry_run(shape, size, with_hits=True)
-    assert launches.count <= 11
-    assert allocated <= mebibytes * 2**20
+@runs
+@pytest.mark.parametrize("name", ["weight", "class_weight", "avg_factor"])
+def test_the_loss_takes_them_from_portable(monkeypatch, name):
+    logits, target = batch(14, (1, 3, 3, 3), (5, 5))
+    found = {}
+    for backend in ("portable", "triton"):
+        monkeypatch.setenv("OHEM_MM_BACKEND", backend)
+        leaf = {"weight": torch.ones(target.shape), "class_weight": torch.ones(3)}
+        leaf = leaf.get(name, torch.tensor(2.0)).to(DEVICE).requires_grad_()
+        loss = ohem_cross_entropy(logits.to(DEVICE), target.to(DEVICE), **{name: leaf})
+        (found[backend],) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(found["triton"], found["portable"])
 
 
-@compiles
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_compiler_takes_every_kernel(monkeypatch, tmp_path, capability):
-    from triton.backends.compiler import GPUTarget
+@runs
+def test_vmap_takes_portable(monkeypatch):
+    logits, target = batch(14, (2, 3, 3, 3), (5, 5), ignored=0.0)
+    logits, target = logits.to(DEVICE), target.to(DEVICE)
+    seen = []
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launches = Launches(monkeypatch)
-    combinations = list(itertools.product(TOLERANCE, (1, 19, 150)))
-    # One of each is enough on the older of the two; the whole table takes half a minute.
-    for dtype, classes in combinations if capability == 90 else combinations[::4]:
-        rule = {"use_sigmoid": classes == 1, "with_hits": True}
-        dry_run((2, classes, 64, 64), (512, 512), dtype, **rule)
-    dry_run((2, 19, 64, 64), (64, 64), torch.bfloat16, torch.uint8, pool="image")
-    dry_run((16, 150, 256, 256), (1024, 1024), kind=torch.int32, pool="class", min_kept=9)
-    dry_run((16, 150, 1024, 1024), (1024, 1024), torch.float16)
-    dry_run((1, 2, 1, 1), (4, 3))  # Triton makes a constant of every 1
-    dry_run((1, 1, 1, 1), (1, 1), use_sigmoid=True, min_kept=1, align_corners=True)
-    dry_run(
-        (2, 150, 48, 48),
-        (77, 99),
-        align_corners=True,
-        weight=True,
-        class_weight=torch.empty(150, device="meta"),
-        always_keep=(1, 149),
-        label_smoothing=0.1,
-        weighted_mean=True,
-        avg_factor=torch.empty((), device="meta"),
-    )
-    assert {name for name, _ in launches.sources} == NAMES
-    for source, options in launches.sources.values():
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert compiled.asm["cubin"]
+    def one(logits):
+        seen.append(kernels.refusal(logits[None], (5, 5)))
+        return logits.sum()
+
+    torch.func.vmap(one)(logits)
+    assert seen == ["cannot be transformed by torch.func"]
+    assert kernels.refusal(logits, (5, 5)) is None
+
+
+@runs
+def test_rules_of_others():
+    logits = torch.zeros(1, 2, 3, 3, device=DEVICE)
+    for rule in (OhemRule(pool="world"), OhemRule(habits=Habits(one_less=True))):
+        assert kernels.refusal(logits, (3, 3), (), rule) == "does not know this rule"
+        options = kernel_arguments({}) | {"rule": rule}
+        with pytest.raises(ValueError, match="does not know this rule"):
+            kernels.ohem(
+                logits, torch.zeros(1, 3, 3).long().to(DEVICE), None, size=(3, 3), **options
+            )
+
+
+@runs
+def test_sizes_that_pass_32_bits_are_refused_before_anything_is_launched():
+    logits = torch.empty(1, 2, 1, 1, device=DEVICE).expand(1, 2, 40_000, 2)
+    assert "positions pass 32 bits" in kernels.refusal(logits, (40_000, 2))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -40,7 +40,7 @@ def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
     """The implementation to use for these logits.
 
     ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
-    has to agree with ``portable`` on two small batches there. ``portable`` works in bands of rows
+    has to agree with ``portable`` on small batches there. ``portable`` works in bands of rows
     and never holds the upsampled logits; it is the default for 2-D maps elsewhere. ``eager`` holds
     them; it is the default for all other shapes and under ``torch.compile``. The environment
     variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work, one line is
@@ -72,7 +72,10 @@ def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
     elif logits.is_cuda and torch.cuda.is_current_stream_capturing():
         trouble = None  # a trial would end the capture; the warm-up before it was one
     else:
-        trouble = _trial(logits.device, logits.dtype, logits.shape[1], use_sigmoid)
+        try:
+            trouble = _trial(logits.device, logits.dtype, logits.shape[1], use_sigmoid)
+        except triton.UndecidedError as error:
+            trouble = str(error)  # not remembered: the next call tries again
     if trouble:
         _say_once(f"triton {trouble}")
         return "portable"

@@ -1,0 +1,272 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Which pixels are kept, what they sum to, and the factor of each one's gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...rule import OhemRule
+from . import floor, geometry
+from .floor import BINS, descend, limit_of, rank_bits
+from .forward import Maps
+from .inner import Kind, is_hard, kernel, options, tl
+
+
+class Result(NamedTuple):
+    """Scalars: loss and its divisor, float32; hits and valid pixels, int64."""
+
+    loss: Tensor
+    divisor: Tensor
+    hits: Tensor
+    valid: Tensor
+
+
+def run(
+    maps: Maps,
+    state: floor.State,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    avg_factor: Tensor | float | None,
+    sizes: geometry.Sizes,
+    kind: Kind,
+    rule: OhemRule,
+    reduction: str,
+    plan: geometry.MiningPlan,
+) -> Result:
+    """Mine and sum; ``maps.loss`` becomes gradient factors, ``maps.label`` -1 where not kept."""
+    pixels = sizes.high_h * sizes.high_w
+    empty = not maps.loss.numel()
+    grid = (plan.parts, sizes.images)
+    tiles = {"block": plan.block, "aligned": pixels % 16 == 0, **options(4)}
+    if rule.min_kept and not empty:
+        floor.find(maps, state, grid, tiles, pixels, rule)
+    sums = maps.loss.new_empty(2, grid[0] * grid[1])
+    numbers = maps.counts.new_empty(2, grid[0] * grid[1])
+    if not empty:
+        _select[grid](
+            maps.loss,
+            maps.smooth_loss,
+            maps.label,
+            maps.loss if weight is None else weight.contiguous(),
+            maps.loss if class_weight is None else class_weight.contiguous(),
+            state.digits,
+            state.found,
+            state.rank,
+            state.ties,
+            maps.counts,
+            sums,
+            numbers,
+            pixels,
+            len(state.hard),
+            maps.counts.shape[1],
+            limit_of(rule),
+            rule=Selection(
+                rule.pool if rule.min_kept else None,
+                tuple(rule.always_keep),
+                kind.smooth,
+                kind.hits,
+                weight is not None,
+                class_weight is not None,
+                rule.weighted_mean,
+                rule.avg == "kept",
+            ),
+            bins=BINS,
+            **tiles,
+        )
+
+    loss = maps.loss
+    result = Result(
+        loss.new_empty(()),
+        loss.new_empty(()),
+        loss.new_empty((), dtype=torch.int64),
+        loss.new_empty((), dtype=torch.int64),
+    )
+    has_scale = weight is not None or class_weight is not None
+    divide_by, given = "sum", 1.0
+    if reduction == "sum":
+        divide_by = "number"
+    elif isinstance(avg_factor, Tensor):
+        divide_by = "tensor"
+    elif avg_factor is not None:
+        divide_by, given = "number", float(avg_factor)
+    elif rule.avg == "all" and not (rule.weighted_mean and has_scale):
+        divide_by, given = "number", float(loss.numel())
+    _finish[(1,)](
+        sums,
+        numbers,
+        avg_factor if isinstance(avg_factor, Tensor) else loss,
+        *result,
+        sums.shape[1],
+        given,
+        divide_by=divide_by,
+        hits=kind.hits,
+        block=plan.block,
+        **options(4),
+    )
+    return result
+
+
+class Selection(NamedTuple):
+    """What :func:`_select` is compiled for.
+
+    Attributes:
+        pool: Over what the floor is counted; None without one.
+        always: Classes that are always kept.
+        smooth: Labels are smoothed.
+        hits: Correct pixels were counted.
+        weight: There is a weight for each pixel.
+        class_weight: There is a weight for each class.
+        weighted: The divisor is a sum of weights.
+        over_kept: It counts kept pixels, not valid ones.
+    """
+
+    pool: str | None
+    always: tuple[int, ...]
+    smooth: bool
+    hits: bool
+    weight: bool
+    class_weight: bool
+    weighted: bool
+    over_kept: bool
+
+
+@kernel(
+    *("loss", "smooth_loss", "label_map", "digits", "found", "rank", "ties"),
+    *("counts", "sums", "numbers"),
+)
+def _select(
+    loss,
+    smooth_loss,
+    label_map,
+    weight,
+    class_weight,
+    digits,
+    found,
+    rank,
+    ties,
+    counts,
+    sums,
+    numbers,
+    pixels,
+    groups,
+    counted,
+    limit,
+    rule: tl.constexpr,
+    bins: tl.constexpr,
+    block: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    # Decide what is kept, sum it, and replace each loss in place by the factor of its gradient.
+    part, image = tl.program_id(0), tl.program_id(1)
+    parts = tl.num_programs(0)
+    if aligned:
+        pixels = tl.multiple_of(pixels, 16)
+    first = image.to(tl.int64) * pixels
+    if rule.pool == "batch" or rule.pool == "image":
+        at = 2 * groups + (image if rule.pool == "image" else 0)
+        kth, slots, tied = descend(
+            digits + at * bins, tl.load(found + at), tl.load(rank + at), 2, bins
+        )
+        share = slots.to(tl.float32) / tl.maximum(tied, 1)
+
+    total = tl.full([block], 0.0, tl.float32)
+    divisor = tl.full([block], 0.0, tl.float32)
+    num_valid = tl.full([block], 0, tl.int32)
+    for start in range(part * block, pixels, parts * block):
+        inside = start + tl.arange(0, block) < pixels
+        place = first + start + tl.arange(0, block)
+        value = tl.load(loss + place, mask=inside, other=-1.0)
+        valid = ~(value < 0)
+        keep = tl.where(valid & is_hard(value, limit), 1.0, 0.0)
+        label = tl.load(label_map + place, mask=inside, other=-1)
+        if rule.pool is not None:
+            if rule.pool == "class":
+                at = 3 * groups + label
+                kth = tl.load(found + at, mask=valid, other=-1)
+                slots = tl.load(rank + at, mask=valid, other=0)
+                tied = tl.load(ties + label, mask=valid, other=1)
+                share = slots.to(tl.float32) / tl.maximum(tied, 1)
+            bits = rank_bits(value)
+            # Pixels tied at the k-th value share the places that are left of k.
+            chosen = tl.where(bits > kth, 1.0, tl.where(bits == kth, share, 0.0))
+            keep = tl.where(valid & (kth >= 0), tl.maximum(keep, chosen), keep)
+        for i in tl.static_range(len(rule.always)):
+            keep = tl.where(valid & (label == rule.always[i]), 1.0, keep)
+
+        scale = tl.where(valid, 1.0, 0.0)
+        if rule.class_weight:
+            scale *= tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
+        if rule.weight:
+            scale *= tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
+        if rule.smooth:
+            value = tl.load(smooth_loss + place, mask=valid, other=0.0)
+        kept = keep > 0
+        total += tl.where(kept, value * scale * keep, 0.0)
+        if rule.over_kept:
+            divisor += tl.where(kept, keep * scale if rule.weighted else keep, 0.0)
+        else:
+            divisor += scale if rule.weighted else tl.where(valid, 1.0, 0.0)
+        num_valid += valid.to(tl.int32)
+        # value - value is 0, or NaN where the loss is not finite, so that scalers see it.
+        factor = tl.where(kept, keep * scale + (value - value), 0.0)
+        tl.store(loss + place, factor, mask=inside)
+        label = tl.where(kept, label, -1)
+        tl.store(label_map + place, label, mask=inside)
+
+    slot = image * parts + part
+    programs = parts * tl.num_programs(1)
+    tl.store(sums + slot, tl.sum(total, 0))
+    tl.store(sums + programs + slot, tl.sum(divisor, 0))
+    tl.store(numbers + slot, tl.sum(num_valid, 0))
+    if rule.hits:
+        # A slice of what the forward pass counted.
+        hits = tl.full([block], 0, tl.int32)
+        for start in range(slot * block, counted, programs * block):
+            mask = start + tl.arange(0, block) < counted
+            hits += tl.load(counts + 2 * counted + start + tl.arange(0, block), mask=mask, other=0)
+        tl.store(numbers + programs + slot, tl.sum(hits, 0))
+
+
+@kernel("sums", "numbers", "loss", "divisor", "num_hits", "num_valid")
+def _finish(
+    sums,
+    numbers,
+    avg_factor,
+    loss,
+    divisor,
+    num_hits,
+    num_valid,
+    programs,
+    given,
+    divide_by: tl.constexpr,
+    hits: tl.constexpr,
+    block: tl.constexpr,
+):
+    # One program adds what the others left, in a fixed order.
+    total = tl.full([block], 0.0, tl.float64)
+    below = tl.full([block], 0.0, tl.float64)
+    valid = tl.full([block], 0, tl.int64)
+    correct = tl.full([block], 0, tl.int64)
+    for start in range(0, programs, block):
+        at = start + tl.arange(0, block)
+        mask = at < programs
+        total += tl.load(sums + at, mask=mask, other=0.0).to(tl.float64)
+        below += tl.load(sums + programs + at, mask=mask, other=0.0).to(tl.float64)
+        valid += tl.load(numbers + at, mask=mask, other=0).to(tl.int64)
+        if hits:
+            correct += tl.load(numbers + programs + at, mask=mask, other=0).to(tl.int64)
+    if divide_by == "sum":
+        by = tl.sum(below, 0)
+    elif divide_by == "tensor":
+        by = tl.load(avg_factor).to(tl.float64)
+    else:
+        by = tl.cast(given, tl.float64)
+    by = tl.where(by > 0, by, 1.0)
+    tl.store(loss, (tl.sum(total, 0) / by).to(tl.float32))
+    tl.store(divisor, by.to(tl.float32))
+    tl.store(num_valid, tl.sum(valid, 0))
+    if hits:
+        tl.store(num_hits, tl.sum(correct, 0))

@@ -1,0 +1,219 @@
+"""The time of the kernels by a model of the machine, from their machine code and sizes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...errors import UserError
+from . import geometry
+from .assembly import Code, Launch, Loop, launches, read, tool
+
+
+class Machine(NamedTuple):
+    """A GPU: multiprocessors, clock in GHz, and bandwidth of a copy and of the L2 cache in TB/s."""
+
+    name: str
+    processors: int
+    clock: float
+    bandwidth: float
+    cache: float
+
+
+# By compute capability. The bandwidth of a copy on the H100 was measured; the other numbers are of
+# data sheets and papers, bandwidths reduced in the same proportion.
+MACHINES = {
+    80: Machine("A100", 108, 1.41, 1.7, 3.5),
+    90: Machine("H100", 132, 1.755, 2.9, 5.5),
+    100: Machine("B200", 148, 1.85, 6.9, 8.0),
+}
+SHAPES = {
+    "4x19x1024x1024/8": geometry.Sizes(4, 19, 128, 128, 1024, 1024),
+    "16x150x512x512/4": geometry.Sizes(16, 150, 128, 128, 512, 512),
+}
+ASSUMPTIONS = """\
+Nothing here was measured on a GPU. Float32 logits, int64 labels, hits counted. A multiprocessor
+issues 4 warp instructions a clock and starts 16 exponentials. Each map crosses the memory once, at
+the bandwidth of a copy; the backward pass reads its maps again for each tile of classes, from the
+L2 cache. A kernel takes the longest of the four, times 1.3 for the time that it waits (a latency
+model said 1.15 to 1.45), and 4.5 us for its launch. Every pixel is kept, which is the most that the
+backward pass can have to do. Floor idle: enough pixels are hard. Floor active: it is needed."""
+_WAITING = 1.3
+_LAUNCH_US = 4.5
+# What each kernel moves through memory; a map that is read and written stands twice.
+_MOVED = {
+    "forward": ("logits", "target", "loss", "normaliser", "label_map"),
+    "count_digits": ("loss",),
+    "select": ("loss", "loss", "label_map", "label_map"),
+    "backward": ("logits", "grad", "factor", "normaliser", "label_map", "target"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of one shape on one machine; None where machine code could not be read.
+
+    Attributes:
+        kernel: Its name.
+        shape: Images x classes x rows x columns of the labels / stride of the logits.
+        floor: 'idle' or 'active'.
+        machine: Compute capability and name.
+        programs: Number of programs.
+        warps: Of each program.
+        registers: Of each thread.
+        spills: Instructions that spill, and bytes of stack.
+        shared: Bytes of shared memory of each program.
+        fences: Instructions that order memory.
+        code: Instructions of the kernel.
+        loop: Instructions of one turn of its hottest loop.
+        exponentials: Of one turn of that loop.
+        issued: Warp instructions of the whole launch, in millions.
+        megabytes: Moved through memory.
+        microseconds: By the model.
+        bound: What the kernel waits for by the model.
+    """
+
+    kernel: str
+    shape: str
+    floor: str
+    machine: str
+    programs: int
+    warps: int
+    registers: int | None
+    spills: int | None
+    shared: int
+    fences: int | None
+    code: int | None
+    loop: int | None
+    exponentials: int | None
+    issued: float | None
+    megabytes: float
+    microseconds: float | None
+    bound: str | None
+
+
+def missing() -> list[str]:
+    """What cannot be reported here, in sentences."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("nothing is compiled with TRITON_INTERPRET=1; unset it")
+    if tool("cuobjdump") is None:
+        return ["cuobjdump is not in this build of Triton: no registers, instructions and times."]
+    return []
+
+
+def describe(
+    launch: Launch, code: Code, sizes: geometry.Sizes, shape: str, capability: int, active: bool
+) -> Row:
+    """What is known of one launch."""
+    machine = MACHINES[capability]
+    programs, warps = math.prod(launch.grid), launch.options.get("num_warps", 4)
+    moved, again = _bytes(launch, sizes, active)
+    times = {"memory": moved / machine.bandwidth / 1e6, "cache": again / machine.cache / 1e6}
+    issued = None
+    if code.loops is not None:
+        own, exponentials = _turns(code.loops, _trips(launch, sizes, active), launch)
+        issued = programs * warps * own
+        rate = machine.processors * 4 * machine.clock * 1e3
+        times["issue"] = issued / rate
+        times["exponentials"] = programs * warps * exponentials * 8 / rate
+    bound = max(times, key=lambda name: times[name])
+    hottest = None if code.loops is None else code.loops.hottest()
+    return Row(
+        launch.name,
+        shape,
+        "active" if active else "idle",
+        f"sm_{capability} {machine.name}",
+        programs,
+        warps,
+        code.registers,
+        code.spills,
+        code.shared,
+        code.fences,
+        code.instructions,
+        None if hottest is None else hottest.own,
+        None if hottest is None else hottest.exponentials,
+        None if issued is None else round(issued / 1e6, 2),
+        round(moved / 1e6, 1),
+        None if issued is None else round(_WAITING * times[bound] + _LAUNCH_US, 1),
+        None if issued is None else bound,
+    )
+
+
+def _bytes(launch: Launch, sizes: geometry.Sizes, active: bool) -> tuple[float, float]:
+    """Bytes through memory, and through the cache by programs that share maps."""
+    names = _MOVED.get(launch.base.removesuffix("_full"), ())
+    values = [launch.arguments[name] for name in names if name in launch.arguments]
+    sums = [float(v.nbytes) for v in values if isinstance(v, Tensor)]
+    if launch.base == "count_digits" and not _runs(launch, active):
+        return 0.0, 0.0
+    if launch.base != "backward":
+        return sum(sums), 0.0
+    deep = geometry.cdiv(sizes.classes, launch.arguments["class_tile"])
+    return sum(sums), deep * sum(sums[2:])
+
+
+def _runs(launch: Launch, active: bool) -> bool:
+    """Whether a step of the mining does not leave at once; old kernels always did the first."""
+    return active or (
+        "hard" in launch.arguments
+        and "found" not in launch.arguments
+        and launch.arguments["step"] == 0
+    )
+
+
+def _trips(launch: Launch, sizes: geometry.Sizes, active: bool) -> list[float]:
+    """How often each loop of a nest turns, from the outermost, when nothing is unrolled."""
+    own = launch.arguments
+    programs = math.prod(launch.grid)
+    scale_y, scale_x = sizes.high_h / sizes.low_h, sizes.high_w / sizes.low_w
+    if launch.base == "forward":
+        return [1 if sizes.full else max(1, scale_y / own["rows"]), sizes.classes]
+    if launch.base == "backward":
+        return [own["walk"] + 1, scale_y, scale_x]
+    if launch.base == "backward_full":
+        return [sizes.classes]
+    if launch.base == "count_digits" and not _runs(launch, active):
+        return [0]
+    if launch.base in ("count_digits", "select"):
+        pixels = sizes.images * sizes.high_h * sizes.high_w
+        return [math.ceil(pixels / own["block"] / programs)]
+    number = own.get("share_programs", own.get("programs", 1))
+    return [math.ceil(number / own["block"])] if "block" in own else []
+
+
+def _turns(loop: Loop, trips: list[float], launch: Launch) -> tuple[float, float]:
+    """Instructions and exponentials of one turn of a loop, with those inside."""
+    own, exponentials = float(loop.own), float(loop.exponentials)
+    for inside in sorted(loop.inside, key=Loop.weight, reverse=True):
+        part, powers = _turns(inside, trips[1:], launch)
+        turns = trips[0] if trips else 1.0
+        if not inside.inside and inside.exponentials:
+            # The compiler may have unrolled it.
+            tile = launch.arguments.get("class_tile", 0)
+            each = tile or launch.arguments["rows"] * launch.arguments["cols"] // 32
+            turns /= max(1.0, inside.exponentials / each)
+        own, exponentials = own + turns * part, exponentials + turns * powers
+        trips = [1.0] * len(trips)  # what stands beside the main loop turns once
+    return own, exponentials
+
+
+def report(
+    capabilities: Iterable[int] = tuple(MACHINES), shapes: Mapping[str, geometry.Sizes] = SHAPES
+) -> list[Row]:
+    """Compile all kernels for all machines and shapes, with an idle and with an active floor."""
+    rows = []
+    for capability in capabilities:
+        for shape, sizes in shapes.items():
+            found = launches(sizes, processors=MACHINES[capability].processors)
+            codes = [read(launch.compile(capability)) for launch in found]
+            for active in (False, True):
+                rows += [
+                    describe(launch, code, sizes, shape, capability, active)
+                    for launch, code in zip(found, codes, strict=True)
+                ]
+    return rows
