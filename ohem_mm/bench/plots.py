@@ -113,13 +113,31 @@ def _draw_grid(results: Results) -> Any:
         return None
     panels = len(maps[0].panels)
     columns = axes[1].labels if len(axes) > 1 else ("",)
+    compared = bool(results.benchmark.rows)
     size = (
         1.6 + panels * (0.7 + 0.75 * len(columns)),
-        len(maps) * (1.0 + 0.42 * len(axes[0].labels)),
+        len(maps) * (1.0 + 0.3 * compared + 0.42 * len(axes[0].labels)),
     )
     figure = Figure(figsize=size, layout="constrained")
-    frames = figure.subplots(len(maps), panels, squeeze=False)
-    for line, shown in zip(frames, maps, strict=True):
+    if compared:  # their names are too long for the side
+        parts = list(figure.subfigures(len(maps), 1, squeeze=False)[:, 0])
+        frames = [part.subplots(1, panels, squeeze=False)[0] for part in parts]
+        for part, shown in zip(parts, maps, strict=True):
+            part.suptitle(_plain(shown.name), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    else:
+        parts = [figure] * len(maps)
+        frames = list(figure.subplots(len(maps), panels, squeeze=False))
+    differences = [
+        abs(fmean(values))
+        for shown in maps
+        if shown.is_difference
+        for _, grid in shown.panels
+        for row in grid
+        for values in row
+        if values
+    ]
+    largest = max([0.1, *differences])
+    for part, line, shown in zip(parts, frames, maps, strict=True):
         data = [
             [[fmean(values) if values else math.nan for values in row] for row in grid]
             for _, grid in shown.panels
@@ -127,9 +145,8 @@ def _draw_grid(results: Results) -> Any:
         flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
         low = min(flat)
         high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
-        if shown.is_difference:  # white is zero
-            high = max(abs(low), abs(high))
-            low = -high
+        if shown.is_difference:  # white is zero, and all differences have one scale
+            low, high = -largest, largest
         colours = "PuOr" if shown.is_difference else "cividis"
         for frame, (title, grid), values in zip(line, shown.panels, data, strict=True):
             image = frame.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
@@ -151,11 +168,8 @@ def _draw_grid(results: Results) -> Any:
             if len(axes) > 1:
                 frame.set_xlabel(axes[1].name)
         line[0].set_ylabel(axes[0].name)
-        # The names of compared variants are long.
-        label = _plain(shown.name).replace(", ", "\n") if shown.name.count(",") else shown.name
-        figure.colorbar(
-            image, ax=list(line), label=f"{label}, {'points' if shown.is_difference else '%'}"
-        )
+        unit = "points" if shown.is_difference else "%"
+        part.colorbar(image, ax=list(line), label=unit if compared else f"{shown.name}, {unit}")
     return figure
 
 

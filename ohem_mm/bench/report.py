@@ -246,18 +246,21 @@ def _tuning(results: Results) -> list[str]:
             for value, cell in zip(tune.values, cells, strict=True)
         ]
         lines.append([benchmark.variants[name].label, *cells])
-    optimistic = ""
+    seeds = f"seed{'s' * (len(tune.seeds) > 1)} {', '.join(map(str, tune.seeds))}"
+    words = (
+        f"{tune.name} of each variant, chosen by the {tune.split} {benchmark.metric} after "
+        f"training ({seeds}; the best in bold)"
+    )
+    seen = table(["variant", *map(tune.label, tune.values)], lines)
+    if benchmark.rows:  # a line for each variant in each cell
+        parts = [f"<details><summary>{words}</summary>\n\n{seen}\n\n</details>"]
+    else:
+        parts = [f"{words}:", seen]
     if tune.split == benchmark.split:
-        optimistic = (
-            f" The choice was made on the images that are reported ({tune.split}), so the scores "
+        parts.append(
+            f"The choice was made on the images that are reported ({tune.split}), so the scores "
             "are too high."
         )
-    seeds = f"seed{'s' * (len(tune.seeds) > 1)} {', '.join(map(str, tune.seeds))}"
-    parts = [
-        f"{tune.name} of each variant, chosen by the {tune.split} {benchmark.metric} after "
-        f"training ({seeds}; the best in bold):{optimistic}",
-        table(["variant", *map(tune.label, tune.values)], lines),
-    ]
     ends = [name for name, choice in choices.items() if choice.at_end]
     if ends:
         parts.append(
