@@ -3,10 +3,12 @@
 import builtins
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,7 +113,7 @@ def alive(pid):
     """Whether a process runs; one that has ended and that nobody has asked about does not."""
     try:
         os.kill(pid, 0)
-        stat = open(f"/proc/{pid}/stat").read() if os.path.isdir("/proc/self") else ""
+        stat = Path(f"/proc/{pid}/stat").read_text() if os.path.isdir("/proc/self") else ""
     except OSError:
         return False
     return ") Z " not in stat
@@ -151,9 +153,6 @@ def test_peak_memory_in_the_unit_of_the_platform(monkeypatch, platform):
 
 def test_only_this_module_calls_posix():
     """Whatever POSIX alone has is called in one place, which has an alternative for it."""
-    import re
-    from pathlib import Path
-
     root = Path(__file__).parents[1]
     calls = (
         r"import (fcntl|resource|pwd|grp|termios)\b|\bos\.(fork|killpg|getpgid|setsid|getuid|nice|"
