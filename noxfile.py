@@ -10,8 +10,11 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["core", "recipes", "siblings"]
 
 OLDEST = ["torch==2.4.0", "numpy==1.26.4"]
-CORE = ["loss", "mining", "presets", "world", "pytorch"]  # need torch alone
-INSIDE = ["openmmlab", "heads", "hooks", "monitor", "schedule"]  # need mmengine and mmseg
+CORE = [  # need torch alone
+    *("loss", "mining", "presets", "world"),
+    *("region", "region_presets", "pytorch"),
+]
+INSIDE = ["openmmlab", "heads", "hooks", "monitor", "schedule", "optim"]  # need mmengine and mmseg
 RECIPES = {
     "transformers": ["transformers[torch]"],
     "segmentation_models_pytorch": ["torchvision", "segmentation-models-pytorch"],

@@ -1,4 +1,4 @@
-"""The loss as a module among PyTorch's tools: copies, pickles, checkpoints, replicas."""
+"""The losses as modules among PyTorch's tools: copies, pickles, checkpoints, replicas."""
 
 import copy
 import io
@@ -8,14 +8,25 @@ import pytest
 import torch
 from torch import nn
 
-from ohem_mm import OhemCrossEntropyLoss
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss
 
-SETTINGS = [
-    {},
-    {"thresh": None, "min_kept": 20, "pool": "class", "class_weight": [1.0, 2.0, 0.5]},
-    {"preset": "hrnet", "min_kept": 9, "ignore_index": 1, "label_smoothing": 0.1},
-    {"thresh": 0.9, "min_kept_per": "image", "min_kept": 30, "loss_name": "loss_hard"},
+LOSSES = [
+    (OhemCrossEntropyLoss, {}),
+    (
+        OhemCrossEntropyLoss,
+        {"thresh": None, "min_kept": 20, "pool": "class", "class_weight": [1.0, 2.0, 0.5]},
+    ),
+    (
+        OhemCrossEntropyLoss,
+        {"preset": "hrnet", "min_kept": 9, "ignore_index": 1, "label_smoothing": 0.1},
+    ),
+    (
+        OhemCrossEntropyLoss,
+        {"thresh": 0.9, "min_kept_per": "image", "min_kept": 30, "loss_name": "loss_hard"},
+    ),
+    (RegionLoss, {"class_weight": [1.0, 2.0, 0.5], "ignore_index": 1}),
 ]
+every_loss = pytest.mark.parametrize(("kind", "settings"), LOSSES)
 
 
 def problem():
@@ -35,17 +46,17 @@ def through_a_file(loss):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@every_loss
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle, through_a_file])
-def test_copies_are_the_same_loss(settings, copied):
-    loss = OhemCrossEntropyLoss(**settings)
+def test_copies_are_the_same_loss(kind, settings, copied):
+    loss = kind(**settings)
     other = copied(loss)
     assert repr(other) == repr(loss)
     assert (other.rule, other.loss_name) == (loss.rule, loss.loss_name)
     logits, target = problem()
     assert torch.equal(other(logits, target), loss(logits, target))
-    other.thresh = 0.35  # a copy is of its own
-    assert loss.thresh != 0.35
+    other.ignore_index = 2  # a copy is of its own
+    assert loss.ignore_index != 2
 
 
 def test_a_deep_copy_has_class_weights_of_its_own():
@@ -68,9 +79,9 @@ def network(loss):
     return nn.ModuleDict({"net": nn.Conv2d(3, 3, 1), "loss": loss})
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_checkpoints_fit_networks_with_any_loss(settings):
-    ours = network(OhemCrossEntropyLoss(**settings))
+@every_loss
+def test_checkpoints_fit_networks_with_any_loss(kind, settings):
+    ours = network(kind(**settings))
     plain = network(nn.CrossEntropyLoss())
     assert list(ours.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(ours.state_dict(), strict=True)
@@ -90,9 +101,9 @@ class Step(nn.Module):
         return self.loss(self.net(images), target)[None]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_data_parallel(settings):
-    loss = OhemCrossEntropyLoss(**settings)
+@every_loss
+def test_data_parallel(kind, settings):
+    loss = kind(**settings)
     # What DataParallel makes for each GPU: a shallow copy that shares the tables of the module.
     replica = loss._replicate_for_data_parallel()
     logits, target = problem()
