@@ -24,8 +24,9 @@ LABELS = {"background": 0, "organ": 1, "tumour": 2}  # nnU-Net's way to name the
 
 
 def recipe(name):
-    """The text of a recipe; skips the test where its library is missing."""
-    pytest.importorskip(name)
+    """The text of a recipe; skips the test where its library is missing, and may be."""
+    if not os.environ.get("OHEM_MM_REQUIRE"):
+        pytest.importorskip(name)
     return RECIPES[name]
 
 
