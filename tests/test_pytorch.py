@@ -117,6 +117,27 @@ def test_data_parallel(kind, settings):
         assert value.isfinite().all()
 
 
+@every_loss
+def test_export(kind, settings):
+    model = Step(kind(**settings))
+    example = problem()
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, example), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    # Other values of the same shapes: nothing was frozen into the program.
+    images, target = example[0].flip(0) * 2, example[1].flip(1)
+    torch.testing.assert_close(loaded(images, target), model(images, target))
+
+
+def test_compiled_with_graph_breaks_it_is_the_same():
+    """What old releases fall back to."""
+    model = Step(OhemCrossEntropyLoss(min_kept=0.5))
+    images, target = problem()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(images, target), model(images, target))
+
+
 def test_class_weights_move_with_the_module():
     loss = OhemCrossEntropyLoss(class_weight=[1.0, 2.0, 0.5])
     assert loss.to("meta").class_weight.device.type == "meta"
