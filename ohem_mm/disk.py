@@ -8,19 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def lock(file: Any, wait: bool) -> bool:
-    """Lock an open file for this process; the lock ends with the process, however it ends.
-
-    Record locks, not flock: processes forked from this one (data loaders) do not hold them.
-    """
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
+from ohem_mm.system import lock
 
 
 def extend(path: Path, more: Callable[[bytes], tuple[bytes, int]]) -> None:
@@ -50,11 +38,11 @@ def extend(path: Path, more: Callable[[bytes], tuple[bytes, int]]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file at once, so that a kill leaves the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False)
     temporary.replace(path)
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; None when there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -521,6 +521,9 @@ def test_class_weights_as_in_torch():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace reads of os.environ"
+)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_graph_breaks(backend):
     logits, target = batch(9)

@@ -166,7 +166,7 @@ def cell(implementation: Callable[..., Any], case: Case) -> str:
 
 def table() -> str:
     """The whole table, in Markdown: a row for each case."""
-    recorded = json.loads(RECORD.read_text())["cells"]
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["cells"]
     rows = [["", *IMPLEMENTATIONS], ["---"] * (len(IMPLEMENTATIONS) + 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

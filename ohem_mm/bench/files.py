@@ -164,7 +164,7 @@ def load_benchmark(name: str) -> Benchmark:
             f"no benchmark file is called {name!r}; those that ship are {', '.join(shipped)}"
         ) from None
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise cli.UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     values = _fields(raw, _FIELDS, str(path))

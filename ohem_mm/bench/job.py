@@ -26,7 +26,8 @@ import torch
 from ohem_mm import cli
 from ohem_mm.bench.provenance import provenance
 from ohem_mm.cli.checkpoints import numbered
-from ohem_mm.disk import lock, write_json
+from ohem_mm.disk import write_json
+from ohem_mm.system import lock, peak_resident
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
@@ -134,10 +135,7 @@ def peak_memory() -> float:
     """Peak memory of this process in MiB: allocated on the GPU, else resident on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (MIB if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+    return peak_resident()
 
 
 def end_with_parent() -> None:
@@ -160,7 +158,7 @@ def run_job(file: Path) -> None:
     """Train and test one variant with one seed, and write its record beside ``file``."""
     end_with_parent()
     folder = file.parent
-    spec = json.loads(file.read_text())
+    spec = json.loads(file.read_text(encoding="utf-8"))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     with (folder / "lock").open("w") as file_lock:
         if rank == 0:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,8 @@ from ohem_mm.bench.progress import display_for, say
 from ohem_mm.bench.records import append_record, read_records, record_key
 from ohem_mm.bench.text import clock
 from ohem_mm.bench.tuning import Choice, choose, drops
-from ohem_mm.disk import lock, read_json, write_json
+from ohem_mm.disk import read_json, write_json
+from ohem_mm.system import kill_group, lock, own_group
 
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
@@ -516,7 +516,7 @@ def _start(job: Job, slot: int, args: argparse.Namespace) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C is ours to handle
+            **own_group(),  # Ctrl-C is ours to handle
         )
 
 
@@ -527,8 +527,7 @@ def _stop(job: Job) -> None:
         try:
             job.process.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(job.process.pid, signal.SIGKILL)
-            job.process.wait()
+            kill_group(job.process)
 
 
 def _complain(failed: list[Job], total: int) -> None:
@@ -543,7 +542,7 @@ def _complain(failed: list[Job], total: int) -> None:
     for job in failed:
         code = job.process.returncode if job.process is not None else None
         print(f"--- {job.name}: exit status {code}, the log {job.log} ends with", file=sys.stderr)
-        lines = job.log.read_text(errors="replace").rstrip().splitlines()
+        lines = job.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
         print("\n".join(lines[-8:]), file=sys.stderr)
     print("the same command tries them again", file=sys.stderr)
     raise SystemExit(1)

@@ -515,9 +515,9 @@ def write(file: Path, name: str, text: str) -> None:
     start, end = MARKS[0].format(name), MARKS[1]
     if not file.is_file():
         raise UserError(f"there is no page {str(file)!r} to put the report into")
-    content = file.read_text()
+    content = file.read_text(encoding="utf-8")
     head, found, rest = content.partition(start)
     _, closed, tail = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{file} has no block from {start!r} to {end!r}")
-    file.write_text(f"{head}{start}\n{text}{end}{tail}")
+    file.write_text(f"{head}{start}\n{text}{end}{tail}", encoding="utf-8")

@@ -16,8 +16,8 @@ from mmengine.device import get_device
 from ohem_mm.cli.configs import iter_dicts, type_name
 from ohem_mm.cli.process import is_first_rank
 from ohem_mm.config import config_path
-from ohem_mm.disk import lock
 from ohem_mm.errors import UserError
+from ohem_mm.system import lock
 
 
 def check_losses(cfg: Config) -> None:

@@ -298,7 +298,7 @@ def write_csv(
     path: str, found: dict[str, Counts], threshes: Sequence[float], min_kepts: Sequence[Kept]
 ) -> None:
     """One row for each loss, thresh and min_kept."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         for (title, counts), thresh, min_kept in itertools.product(
