@@ -395,6 +395,9 @@ def test_transforms_of_torch_func(backend):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="vmap of torch 2.4 cannot view floats as bits"
+)
 @pytest.mark.parametrize("pool", ["batch", "image", "class"])
 @pytest.mark.parametrize("min_kept", [0, 7, 0.5])
 def test_gradients_of_each_sample(backend, pool, min_kept):
@@ -870,7 +873,7 @@ def test_imports_with_torch_alone():
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('mmengine', 'mmcv', 'mmseg', 'numpy', 'cv2', 'PIL'):
+        if name.split('.')[0] in ('mmengine', 'mmcv', 'mmseg', 'numpy', 'cv2', 'PIL', 'triton'):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 import torch, ohem_mm
