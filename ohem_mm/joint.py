@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .loss import OhemCrossEntropyLoss, _check_classes, _labels, _wide_enough
+from .loss import OhemCrossEntropyLoss, _check_classes, _check_tensors, _labels, _wide_enough
 from .ops import Overlap, Shared, shared_pass
 from .region import RegionLoss
 
@@ -90,11 +90,12 @@ def _share(
     if pixels is None:
         return None, None
     ignored, use_sigmoid, align = key
-    target = _labels(logits, target)
+    _check_tensors(logits=logits, target=target)
+    target = _labels(logits, target, use_sigmoid)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     target = _wide_enough(target, num_classes, ignored)
     valid = target != ignored
-    _check_classes(target, valid, num_classes, (), None, ignored)
+    _check_classes(target, valid, num_classes, (), None, ignored, use_sigmoid)
     shared = shared_pass(
         logits,
         target,

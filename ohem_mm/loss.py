@@ -23,6 +23,7 @@ from .mining import Kept, keep_pixels, world_size, world_sum
 from .ops import Shared, choose_backend, pixel_cross_entropy, triton
 from .presets import preset_rule
 from .rule import SETTINGS, OhemRule, RegionRule, check_choice, is_int, is_number
+from .tracing import can_look
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -102,19 +103,27 @@ def ohem_cross_entropy(
     _check_options(reduction, label_smoothing, ignore_index)
     if reduction == "sum" and avg_factor is not None:
         raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
-    target = _labels(logits, target)
+    _check_tensors(logits=logits, target=target, weight=weight, class_weight=class_weight)
+    target = _labels(logits, target, use_sigmoid)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     target = _wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
-    _check_classes(target, valid, num_classes, rule.always_keep, class_weight, ignore_index)
+    _check_classes(
+        target, valid, num_classes, rule.always_keep, class_weight, ignore_index, use_sigmoid
+    )
     if weight is not None:
-        weight = _drop_channel(weight, target.dim()).expand_as(target)
+        weight = _drop_channel(weight.to(logits.device), target.dim()).expand_as(target)
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.device)
+    constants = (weight, class_weight, avg_factor)
     if (
         shared is None
-        and choose_backend(logits, use_sigmoid) == "triton"
         and reduction != "none"
         and not (stats and "kept" in stats)
-        and not triton.refusal(logits, target.shape[1:], (weight, class_weight, avg_factor), rule)
+        and choose_backend(
+            logits, use_sigmoid, size=target.shape[1:], constants=constants, rule=rule
+        )
+        == "triton"
     ):
         # One pass from logits to loss; the maps of `stats` do not exist there.
         loss, hits, num_valid = triton.ohem(
@@ -470,22 +479,71 @@ def _drop_channel(value: Tensor, dim: int) -> Tensor:
     return value.squeeze(1) if value.dim() == dim + 1 and value.shape[1] == 1 else value
 
 
-def _labels(logits: Tensor, target: Tensor) -> Tensor:
+def _check_tensors(**values: Any) -> None:
+    """Raise TypeError, saying what to pass, unless these are tensors, or None where that may be."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) or (value is None and name not in ("logits", "target")):
+            continue
+        hint = f"torch.as_tensor({name}) makes one of numbers"
+        if name == "logits":
+            hint = (
+                "where a network returns more than its logits, take them out: output.logits, "
+                "output['out'] or output[0]"
+            )
+        raise TypeError(f"{name} must be a torch.Tensor, but got {type(value).__name__}; {hint}.")
+
+
+def _labels(logits: Tensor, target: Tensor, use_sigmoid: bool) -> Tensor:
     """Check types and shapes; return the labels in shape (N, ...)."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, but got {logits.dtype}.")
     if target.is_floating_point() or target.is_complex():
-        raise TypeError(f"target must hold integer class indices, but got {target.dtype}.")
+        raise TypeError(
+            f"target must hold integer class indices, but got {target.dtype}; where its values are "
+            "class indices, pass target.long()."
+        )
     shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
     target = _drop_channel(target, max(1, logits.dim() - 1))
-    if logits.dim() < 2 or target.dim() != logits.dim() - 1 or len(logits) != len(target):
+    if logits.dim() < 2 or target.dim() != logits.dim() - 1 or logits.shape[0] != target.shape[0]:
         raise ValueError(f"Expected logits (N, C, ...) and target (N, ...), but got {shapes}.")
     size = target.shape[1:]
-    if any(a > b for a, b in zip(logits.shape[2:], size, strict=True)):
-        raise ValueError(f"logits may not be spatially larger than target, but got {shapes}.")
-    if logits.shape[2:] != size and len(size) > 3:
-        raise ValueError(f"Only 1-D to 3-D maps can be upsampled, but got {shapes}.")
+    if logits.shape[2:] != size:
+        # Compilers would have to remember the answer for shapes that vary.
+        if not torch.compiler.is_compiling() and _channels_last(logits.shape, size):
+            raise ValueError(
+                f"Expected logits (N, C, ...), but got {shapes}: the channels seem to be last. "
+                "Pass logits.movedim(-1, 1); where they are not, upsample the logits before."
+            )
+        if any(a > b for a, b in zip(logits.shape[2:], size, strict=True)):
+            raise ValueError(f"logits may not be spatially larger than target, but got {shapes}.")
+        if len(size) > 3:
+            raise ValueError(f"Only 1-D to 3-D maps can be upsampled, but got {shapes}.")
+    if logits.shape[1] == 1 and not use_sigmoid:
+        raise ValueError(
+            f"The softmax over one channel is always 1, but got {shapes}. For a binary problem "
+            "with labels 0 and 1 set use_sigmoid=True; else give each class a channel."
+        )
     return target
+
+
+def _channels_last(shape: torch.Size, size: torch.Size) -> bool:
+    """Whether logits that would be upsampled fit the labels as (N, ..., C), not as (N, C, ...).
+
+    Heads shrink all dimensions alike, up to rounding, or some of them less (volumes with thick
+    slices). So logits are refused only where one stride explains the reading with the channels last
+    and none the reading with the channels first. In 1-D any stride will do, and only logits of the
+    labels' length are refused.
+    """
+    first, last = shape[2:], shape[1:-1]
+    if len(size) == 1:
+        return last == size
+    return not _one_stride(first, size, 1) and _one_stride(last, size, 0.5)
+
+
+def _one_stride(small: torch.Size, big: torch.Size, slack: float) -> bool:
+    """Whether ``big / stride`` is ``small``, give or take ``slack``, in all dimensions."""
+    least = max(b / (s + slack) for s, b in zip(small, big, strict=True))
+    return all(s <= slack or least <= b / (s - slack) for s, b in zip(small, big, strict=True))
 
 
 def _wide_enough(target: Tensor, *values: int) -> Tensor:
@@ -504,6 +562,7 @@ def _check_classes(
     always_keep: Sequence[int],
     class_weight: Tensor | None,
     ignore_index: int,
+    use_sigmoid: bool,
 ) -> None:
     """Check what depends on the number of classes."""
     for cls in always_keep:
@@ -515,11 +574,12 @@ def _check_classes(
             "classes."
         )
     # Free on the CPU. On an accelerator a look would stall the queue; indexing asserts there.
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    if can_look(target) and target.numel():
         low, high = (int(bound) for bound in torch.where(valid, target, 0).aminmax())
         if low < 0 or high >= num_classes:
             bad = low if low < 0 else high
+            hint = " With use_sigmoid, one channel knows the classes 0 and 1."
             raise ValueError(
                 f"target holds label {bad}, which is neither a class (0 to {num_classes - 1}) nor "
-                f"ignore_index ({ignore_index})."
+                f"ignore_index ({ignore_index}).{hint if use_sigmoid and num_classes == 2 else ''}"
             )

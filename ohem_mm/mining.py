@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .rule import OhemRule, Pool
+from .tracing import can_look, is_traced
 
 # Bits of one radix digit: 2048 bins find a float32 in three passes.
 _DIGIT = 11
@@ -122,7 +123,7 @@ def _floor(
     pool, min_kept, habits = rule.pool, rule.min_kept, rule.habits
     # `group` broadcasts against the pixels: which pool a pixel belongs to.
     if pool == "image":
-        num_groups = len(rank)
+        num_groups = rank.shape[0]
         group = torch.arange(num_groups, device=rank.device).view(-1, *[1] * (rank.dim() - 1))
     elif pool == "class":
         num_groups, group = num_classes, torch.where(valid, target, 0).long()
@@ -141,7 +142,7 @@ def _floor(
             k = share_of(num_pixels, min_kept)
         k = k.to(rank.device)
     else:
-        images = torch.tensor([len(rank)], device=rank.device)
+        images = torch.full([1], rank.shape[0], device=rank.device)
         per_image = rule.min_kept_per == "image" and pool in ("batch", "world")
         k = (world_sum(images, pool) if per_image else torch.ones_like(images)) * min_kept
     places = torch.minimum(k, num_pixels.to(rank.device)).sum() if slots else None
@@ -150,7 +151,7 @@ def _floor(
     k = torch.minimum(k, num_valid)
     short = world_sum(_count(hard, group, num_groups), pool) < k
     # On the CPU a look costs nothing: it saves the search, and the map of weights without ties.
-    look = rank.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = can_look(rank)
     if look and not short.any():
         return None, None, places
     kth, left, ties = _kth_largest(rank, valid, group, num_groups, k, pool)
@@ -176,7 +177,7 @@ def _count(mask: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Number of True pixels in each group, int64, shape (num_groups,)."""
     if num_groups == 1:
         return mask.sum().reshape(1)
-    counts = torch.zeros(num_groups, dtype=torch.long, device=mask.device)
+    counts = mask.new_zeros(num_groups, dtype=torch.long)  # as vmap wants it, unlike torch.zeros
     index = group.expand_as(mask).reshape(-1)
     return counts.scatter_add_(0, index, mask.reshape(-1).long())
 
@@ -207,19 +208,22 @@ def _kth_largest(
     bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
     # Two dimensions, (N, pixels), so that slices of the second walk over all pixels in chunks.
     bits, valid, group = (t.flatten(1) if t.dim() > 1 else t[:, None] for t in (bits, valid, group))
-    step = max(1, _CHUNK.get(bits.device.type, _CHUNK_ELSEWHERE) // max(1, len(bits)))
-    prefix = torch.zeros(num_groups, dtype=bits.dtype, device=bits.device)
+    chunks = [slice(None)]
+    if not is_traced(bits):  # a loop would fix the shape there, and compilers fuse its inside
+        step = max(1, _CHUNK.get(bits.device.type, _CHUNK_ELSEWHERE) // max(1, bits.shape[0]))
+        chunks = [slice(start, start + step) for start in range(0, bits.shape[1], step)]
+    prefix = bits.new_zeros(num_groups)
     inside = k[:, None]
     shift = bits.element_size() * 8 - 1  # the sign bit is 0
     while shift:
         width = min(_DIGIT, shift)
         shift -= width
         bins = 1 << width
-        hist = torch.zeros(num_groups * bins, dtype=torch.long, device=bits.device)
-        for start in range(0, bits.shape[1], step):
-            part = bits[:, start : start + step] >> shift
-            own = group[:, start : start + step] if group.shape[1] > 1 else group
-            alive = valid[:, start : start + step] & ((part >> width) == prefix[own])
+        hist = bits.new_zeros(num_groups * bins, dtype=torch.long)
+        for chunk in chunks:
+            part = bits[:, chunk] >> shift
+            own = group[:, chunk] if group.shape[1] > 1 else group
+            alive = valid[:, chunk] & ((part >> width) == prefix[own])
             index = own * bins + (part & (bins - 1))
             hist.scatter_add_(0, index.reshape(-1), alive.reshape(-1).long())
         hist = world_sum(hist, pool).view(num_groups, bins)

@@ -113,7 +113,7 @@ def ohem_cross_entropy(
     always_keep: Sequence[int] = (),
     avg: str = "kept",
     weighted_mean: bool = False,
-    avg_factor: float | None = None,
+    avg_factor: float | Tensor | None = None,
     ignore_index: int = 255,
     use_sigmoid: bool = False,
     class_weight: Tensor | None = None,
@@ -171,7 +171,7 @@ def ohem_cross_entropy(
         divisors = {"kept": float(share.sum()), "valid": len(places), "all": len(labels)}
         avg_factor = float(divisors[avg])
         if weighted_mean and (class_weight is not None or weight is not None):
-            avg_factor = float((share * scale if avg == "kept" else scale).sum())
+            avg_factor = (share * scale if avg == "kept" else scale).sum()
     return total / avg_factor if avg_factor > 0 else total
 
 

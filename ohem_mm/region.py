@@ -20,6 +20,7 @@ from .loss import (
     _check_classes,
     _check_naming,
     _check_options,
+    _check_tensors,
     _drop_channel,
     _labels,
     _load_class_weight,
@@ -113,11 +114,12 @@ def region_loss(
     elif settings:
         raise TypeError(f"Give either rule or settings, but got both: {', '.join(settings)}.")
     _check_options("mean", label_smoothing, ignore_index)
-    target = _labels(logits, target)
+    _check_tensors(logits=logits, target=target, weight=weight, class_weight=class_weight)
+    target = _labels(logits, target, use_sigmoid)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
     target = _wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
-    _check_classes(target, valid, num_classes, (), class_weight, ignore_index)
+    _check_classes(target, valid, num_classes, (), class_weight, ignore_index, use_sigmoid)
     if weight is not None:
         weight = _drop_channel(weight, target.dim()).expand_as(target)
 

@@ -400,16 +400,6 @@ def test_two_runs_give_the_same_bits(small_tiles):
 
 
 @runs
-def test_second_derivatives_are_refused():
-    logits, target = batch(11, (1, 2, 2, 2), (4, 4))
-    logits = logits.to(DEVICE).requires_grad_()
-    loss, *_ = kernels.ohem(logits, target.to(DEVICE), None, size=(4, 4), **kernel_arguments({}))
-    (grad,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@runs
 def test_the_loss_uses_it_on_request(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, generator=generator).to(DEVICE)

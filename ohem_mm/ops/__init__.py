@@ -6,49 +6,116 @@ Nothing here knows OpenMMLab.
 from __future__ import annotations
 
 import logging
+import operator
 import os
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..rule import OhemRule
+from ..tracing import is_traced, is_transformed
 from . import triton
-from .eager import full_cross_entropy, wide
-from .portable import banded_cross_entropy
+from .compiled import kept_cross_entropy
+from .eager import full_cross_entropy, upsampled
+from .portable import Options, banded_cross_entropy
 from .portable_region import banded_class_sums, banded_pair
 from .region import Overlap, Sums, full_class_sums
 
 __all__ = [
     "BACKENDS",
+    "Facts",
     "Overlap",
     "Shared",
     "Sums",
     "choose_backend",
     "class_sums",
+    "decide",
     "pixel_cross_entropy",
     "shared_pass",
     "triton",
 ]
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 BACKENDS = ("portable", "triton", "eager")
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
+class Facts(NamedTuple):
+    """What the choice of an implementation hangs on.
+
+    Attributes:
+        wanted: What ``OHEM_MM_BACKEND`` names, or None.
+        maps: Logits have shape (N, C, H, W).
+        transformed: They are within a transform of ``torch.func``.
+        on_gpu: They are on a GPU that Triton compiles for.
+        refusal: Why Triton's kernels cannot take this call, or None.
+        verdict: What their trial on this device found: nothing wrong, '', or what is wrong. None:
+            no trial has been decided.
+        can_try: A trial can be held now.
+        capturing: A CUDA graph is being captured.
+    """
+
+    wanted: str | None = None
+    maps: bool = True
+    transformed: bool = False
+    on_gpu: bool = False
+    refusal: str | None = None
+    verdict: str | None = None
+    can_try: bool = False
+    capturing: bool = False
+
+
+def decide(facts: Facts) -> tuple[str, str | None]:
+    """The choice, from facts alone.
+
+    Args:
+        facts: What is known.
+
+    Returns:
+        A name out of ``BACKENDS``, or 'trial' where one has to be held first; and what is to be
+        said in the log about Triton's kernels, or None.
+    """
+    if not facts.maps or facts.transformed:
+        return "eager", None
+    wanted = facts.wanted or ("triton" if facts.on_gpu else "portable")
+    if wanted != "triton":
+        return wanted, None
+    if facts.refusal:
+        return "portable", facts.refusal
+    if facts.verdict is None:
+        if facts.can_try:
+            return "trial", None
+        untried = "has not been tried before this graph is captured: run a step before"
+        return "portable", untried if facts.capturing else None
+    return ("portable", facts.verdict) if facts.verdict else ("triton", None)
+
+
+def choose_backend(
+    logits: Tensor,
+    use_sigmoid: bool = False,
+    *,
+    size: torch.Size | None = None,
+    constants: Iterable[Tensor | float | None] = (),
+    rule: OhemRule | None = None,
+) -> str:
     """The implementation to use for these logits.
 
     ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
-    has to agree with ``portable`` on small batches there. ``portable`` works in bands of rows
-    and never holds the upsampled logits; it is the default for 2-D maps elsewhere. ``eager`` holds
-    them; it is the default for all other shapes and under ``torch.compile``. The environment
+    has to pass a trial on the device, whose verdict is kept for the process. ``portable`` works in
+    bands of rows and never holds the upsampled logits; it is the default for 2-D maps elsewhere.
+    Both are single operators in a compiled or exported model. ``eager`` holds the upsampled logits;
+    it is the default for all other shapes and within transforms of ``torch.func``. The environment
     variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work, one line is
     logged and another is used.
 
     Args:
         logits: Shape (N, C, ...).
         use_sigmoid: Whether the loss is binary cross-entropy.
+        size: Spatial size of the labels; None: that of the logits.
+        constants: Tensors and numbers that Triton's kernels have no gradient for.
+        rule: The rule, if one is to be applied.
 
     Returns:
         A name out of ``BACKENDS``.
@@ -56,40 +123,94 @@ def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
     Raises:
         ValueError: ``OHEM_MM_BACKEND`` names no implementation.
     """
+    wanted = _wanted()
+    facts = Facts(wanted, logits.dim() == 4, is_transformed())
+    # Most calls end here: what follows is asked on GPUs, or where somebody asks for Triton.
+    if decide(facts)[0] == "eager" or not (
+        wanted == "triton" or (wanted is None and logits.is_cuda)
+    ):
+        return decide(facts)[0]
+    facts = facts._replace(
+        on_gpu=logits.is_cuda and triton.available(logits),
+        refusal=triton.refusal(logits, logits.shape[2:] if size is None else size, constants, rule),
+    )
+    if decide(facts._replace(verdict=""))[0] == "triton":
+        channels = operator.index(logits.shape[1])  # a number, even where compilers have a symbol
+        kind = (logits.device, logits.dtype, channels, use_sigmoid)
+        if torch.compiler.is_dynamo_compiling():
+            facts = facts._replace(verdict=_verdict_for_compiler(*kind))
+        else:
+            capturing = logits.is_cuda and not is_traced(logits) and _is_capturing(logits.device)
+            facts = facts._replace(
+                verdict=_VERDICTS.get(kind),
+                can_try=not is_traced(logits) and not capturing,
+                capturing=capturing,
+            )
+            if decide(facts)[0] == "trial":
+                facts = facts._replace(verdict=_verdict(*kind), can_try=False)
+    backend, trouble = decide(facts)
+    if trouble:
+        _say_once(f"triton {trouble}; using portable.")
+    return backend
+
+
+_Kind = tuple[torch.device, torch.dtype, int, bool]
+_VERDICTS: dict[_Kind, str] = {}
+
+
+def _verdict(device: torch.device, dtype: torch.dtype, channels: int, sigmoid: bool) -> str | None:
+    """What the trial of these kernels finds; held once, but again where nothing was decided."""
+    kind = (device, dtype, channels, sigmoid)
+    if kind not in _VERDICTS:
+        try:
+            _VERDICTS[kind] = triton.trial(*kind) or ""
+        except triton.UndecidedError as error:
+            _say_once(f"triton {error}; using portable for now.")
+            return None
+    return _VERDICTS[kind]
+
+
+def _constant_for_compiler(function: _F) -> _F:
+    """A compiler calls the function while it traces, and keeps the answer.
+
+    As ``torch.compiler.assume_constant_result`` does, which imports the compiler to say so.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_for_compiler
+def _verdict_for_compiler(*kind: Any) -> str | None:
+    return _verdict(*kind)
+
+
+@_constant_for_compiler
+def _say_once(line: str) -> None:
+    if line not in _SAID:
+        _SAID.add(line)
+        logging.getLogger("ohem_mm").warning(line)
+
+
+_SAID: set[str] = set()
+
+
+def _wanted() -> str | None:
     wanted = os.environ.get("OHEM_MM_BACKEND")
     if wanted is not None and wanted not in BACKENDS:
         raise ValueError(
             f"OHEM_MM_BACKEND must be one of {', '.join(BACKENDS)}, but got {wanted!r}."
         )
-    if torch.compiler.is_compiling() or logits.dim() != 4:
-        return "eager"
-    if wanted is None:
-        wanted = "triton" if logits.is_cuda and triton.available(logits) else "portable"
-    if wanted != "triton":
-        return wanted
-    if not triton.available(logits):
-        trouble: str | None = f"cannot take {logits.dtype} on {logits.device.type}"
-    elif logits.is_cuda and torch.cuda.is_current_stream_capturing():
-        trouble = None  # a trial would end the capture; the warm-up before it was one
-    else:
-        try:
-            trouble = _trial(logits.device, logits.dtype, logits.shape[1], use_sigmoid)
-        except triton.UndecidedError as error:
-            trouble = str(error)  # not remembered: the next call tries again
-    if trouble:
-        _say_once(f"triton {trouble}")
-        return "portable"
-    return "triton"
+    return wanted
 
 
-@cache
-def _trial(device: torch.device, dtype: torch.dtype, channels: int, sigmoid: bool) -> str | None:
-    return triton.trial(device, dtype, channels, sigmoid)
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
-@cache
-def _say_once(reason: str) -> None:
-    logging.getLogger("ohem_mm").warning("%s; using portable.", reason)
+def _in_bands(logits: Tensor) -> bool:
+    """Whether the upsampled logits are to be left out, by whatever path."""
+    return decide(Facts(_wanted(), logits.dim() == 4, is_transformed()))[0] != "eager"
 
 
 def pixel_cross_entropy(
@@ -125,7 +246,10 @@ def pixel_cross_entropy(
         which carries the gradient; both have shape (N, ...) and are 0 where not valid. And
         ``hits``, int64, the number of valid pixels whose class has the highest logit, or None.
     """
-    if choose_backend(logits, use_sigmoid) != "eager":
+    if _in_bands(logits):
+        if is_traced(logits):
+            options = Options(use_sigmoid, label_smoothing, align_corners, count_hits)
+            return kept_cross_entropy(logits, target, valid, options)
         return banded_cross_entropy(
             logits,
             target,
@@ -135,7 +259,7 @@ def pixel_cross_entropy(
             align_corners=align_corners,
             count_hits=count_hits,
         )
-    logits = _upsampled(logits, target.shape[1:], align_corners)
+    logits = upsampled(logits, target.shape[1:], align_corners)
     target = torch.where(valid, target, 0).long()
     mined, loss = full_cross_entropy(
         logits, target, valid, use_sigmoid=use_sigmoid, label_smoothing=label_smoothing
@@ -173,7 +297,9 @@ def class_sums(
         The sums, whose groups are the images; and ``hits`` as :func:`pixel_cross_entropy` returns
         it.
     """
-    if choose_backend(logits, overlap.use_sigmoid) != "eager":  # triton has no kernel for them yet
+    if is_transformed():
+        raise RuntimeError("torch.func cannot transform the region term: it has no rules for it.")
+    if _in_bands(logits) and not is_traced(logits):  # triton has no kernel for them yet
         return banded_class_sums(
             logits,
             target,
@@ -183,7 +309,7 @@ def class_sums(
             align_corners=align_corners,
             count_hits=count_hits,
         )
-    logits = _upsampled(logits, target.shape[1:], align_corners)
+    logits = upsampled(logits, target.shape[1:], align_corners)
     target = torch.where(valid, target, 0).long()
     hits = (valid & (logits.detach().argmax(1) == target)).sum() if count_hits else None
     return full_class_sums(logits, target, valid, weight, overlap), hits
@@ -233,7 +359,7 @@ def shared_pass(
     Returns:
         Both; or None where this backend has no common pass.
     """
-    if choose_backend(logits, overlap.use_sigmoid) != "portable":
+    if is_traced(logits) or choose_backend(logits, overlap.use_sigmoid) != "portable":
         return None
     sums, mined, loss, hits = banded_pair(
         logits,
@@ -245,11 +371,3 @@ def shared_pass(
         count_hits=count_hits,
     )
     return Shared(overlap, label_smoothing, sums, mined, loss, hits)
-
-
-def _upsampled(logits: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
-    """Logits of the size of the labels; in float32 even for half precision, if upsampled."""
-    if logits.shape[2:] == size:
-        return logits
-    mode = _INTERPOLATION[len(size)]
-    return F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)

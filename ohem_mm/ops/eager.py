@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..tracing import is_transformed
+
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
 
 def full_cross_entropy(
     logits: Tensor,
@@ -20,7 +24,8 @@ def full_cross_entropy(
     """Cross-entropy of every pixel from logits of the size of the labels.
 
     The backward pass keeps the logits as they came and one map per pixel, not a second tensor of C
-    channels.
+    channels. Under ``create_graph`` and in transforms of ``torch.func`` autograd's own rules are
+    used, and more is kept.
 
     Args:
         logits: Any floating dtype, shape (N, C, ...).
@@ -32,6 +37,8 @@ def full_cross_entropy(
     Returns:
         ``mined`` and ``loss`` as :func:`ohem_mm.ops.pixel_cross_entropy` returns them.
     """
+    if is_transformed():
+        return plain_cross_entropy(logits, target, valid, use_sigmoid, label_smoothing)
     loss, mined = _PixelCrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits, target, valid, use_sigmoid, label_smoothing
     )
@@ -52,14 +59,59 @@ class _PixelCrossEntropy(torch.autograd.Function):
         return loss, mined
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, valid, loss = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            options = ctx.use_sigmoid, ctx.smoothing
+            grad = gradient_with_graph(grad_loss, logits, target, valid, loss, *options)
+            return grad, None, None, None, None
         grad = logit_gradient(wide(logits), target, ctx.use_sigmoid, ctx.smoothing)
         # loss - loss is 0, or NaN where the loss is not finite.
         grad *= (grad_loss + (loss - loss))[:, None]
         grad.masked_fill_(~valid[:, None], 0)
         return grad.to(logits.dtype), None, None, None, None
+
+
+def plain_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    use_sigmoid: bool,
+    smoothing: float,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``mined`` and ``loss`` by autograd's own rules: any derivative, any transform.
+
+    The arguments are those of :func:`ohem_mm.ops.pixel_cross_entropy`. The logits at the size of
+    the labels exist, and so do several tensors like them.
+    """
+    # What stands at an ignored pixel must not meet a gradient: 0 * NaN is NaN.
+    z = torch.where(valid[:, None], upsampled(logits, target.shape[1:], align_corners), 0)
+    mined, loss = losses(wide(z), torch.where(valid, target, 0).long(), use_sigmoid, smoothing)
+    known = loss.detach()
+    loss = loss * (known - known + 1)  # NaN where the loss is not finite, in the gradient as well
+    return torch.where(valid, mined.detach(), 0), torch.where(valid, loss, 0)
+
+
+def gradient_with_graph(
+    grad_loss: Tensor, logits: Tensor, target: Tensor, valid: Tensor, _: Tensor, *options: Any
+) -> Tensor:
+    """The gradient by the logits once more, differentiable itself, for ``create_graph=True``.
+
+    Autograd would take the result of a hand-written gradient for a constant, and second derivatives
+    would be wrong without a word.
+    """
+    _, again = plain_cross_entropy(logits, target, valid, *options)
+    (grad,) = torch.autograd.grad(again, logits, grad_loss, create_graph=True)
+    return grad
+
+
+def upsampled(logits: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
+    """The logits at the size of the labels; in float32 even for half precision, if upsampled."""
+    if logits.shape[2:] == size:
+        return logits
+    mode = _INTERPOLATION[len(size)]
+    return F.interpolate(wide(logits), size=size, mode=mode, align_corners=align_corners)
 
 
 def losses(z: Tensor, target: Tensor, use_sigmoid: bool, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .eager import logit_gradient, losses, wide
+from .eager import gradient_with_graph, logit_gradient, losses, wide
 
 # Elements of a band. On the CPU it stays in the cache; elsewhere launches cost more than memory.
 _BAND = {"cpu": 2**18}
@@ -54,25 +54,30 @@ def banded_cross_entropy(
     Returns:
         ``mined``, ``loss`` and ``hits`` as :func:`ohem_mm.ops.pixel_cross_entropy` returns them.
     """
-    options = _Options(use_sigmoid, label_smoothing, align_corners, count_hits)
-    loss, mined, hits = _Banded.apply(  # type: ignore[no-untyped-call]
+    options = Options(use_sigmoid, label_smoothing, align_corners, count_hits)
+    loss, mined, hits = Banded.apply(  # type: ignore[no-untyped-call]
         logits, target, valid, options
     )
     return mined if label_smoothing else loss.detach(), loss, hits if count_hits else None
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """Settings of both passes, as :func:`banded_cross_entropy` takes them."""
+
     use_sigmoid: bool
     smoothing: float
     align_corners: bool
     count_hits: bool
 
 
-class _Banded(torch.autograd.Function):
+class Banded(torch.autograd.Function):
+    """Both passes; ``ops.compiled`` makes operators of them."""
+
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, options: _Options
+        logits: Tensor, target: Tensor, valid: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss with smoothing; without it, where that differs, else nothing; and the hits."""
         smoothing = options.smoothing
         source = Source(logits, target.shape[1:], options.align_corners)
         loss = torch.empty(target.shape, dtype=source.dtype, device=logits.device)
@@ -94,16 +99,33 @@ class _Banded(torch.autograd.Function):
 
         hits = torch.zeros((), dtype=torch.long, device=logits.device)
         hits += sum(source.for_each_band(run))
-        ctx.save_for_backward(logits, target, valid, loss)
-        ctx.options = options
-        ctx.mark_non_differentiable(mined, hits)
         return loss, mined, hits
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, valid, loss = ctx.saved_tensors
-        use_sigmoid, smoothing, align_corners, _ = ctx.options
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the backward pass needs."""
+        *tensors, ctx.options = inputs
+        loss, mined, hits = output
+        ctx.save_for_backward(*tensors, loss)
+        ctx.mark_non_differentiable(mined, hits)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """The gradient; with a graph of its own, at full resolution, under ``create_graph``."""
+        if grad_loss is None:
+            return (None,) * 4
+        if torch.is_grad_enabled():
+            grad = gradient_with_graph(grad_loss, *ctx.saved_tensors, *ctx.options[:3])
+        else:
+            grad = Banded.gradient(grad_loss, ctx.saved_tensors, ctx.options)
+        return grad, None, None, None
+
+    @staticmethod
+    def gradient(grad_loss: Tensor, saved: tuple[Tensor, ...], options: Options) -> Tensor:
+        """The gradient by the logits, contiguous and in their dtype."""
+        logits, target, valid, loss = saved
+        use_sigmoid, smoothing, align_corners, _ = options
         source = Source(logits, target.shape[1:], align_corners)
         grad = torch.zeros_like(logits, dtype=loss.dtype, memory_format=torch.contiguous_format)
         on_cpu = logits.device.type == "cpu"
@@ -129,7 +151,7 @@ class _Banded(torch.autograd.Function):
             if part is not None:
                 n, near, low = part
                 grad[n, :, near] += low
-        return grad.to(logits.dtype), None, None, None
+        return grad.to(logits.dtype)
 
 
 class Source:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .eager import losses
 from .portable import Source
-from .region import Overlap, Sums, class_sums, logit_gradient, masked, sum_dtype
+from .region import Overlap, Sums, class_sums, logit_gradient, masked, refuse_graph, sum_dtype
 
 
 class CrossEntropy(NamedTuple):
@@ -153,7 +153,6 @@ class _Bands(torch.autograd.Function):
         return *total, hits, loss, mined
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any,
         by_intersection: Tensor | None,
@@ -163,6 +162,7 @@ class _Bands(torch.autograd.Function):
         by_loss: Tensor | None,
         _mined: None,
     ) -> tuple[Tensor | None, ...]:
+        refuse_graph()
         logits, target, valid, weight, loss = ctx.saved_tensors
         overlap, smoothing, _, align_corners = ctx.options
         source = Source(logits, target.shape[1:], align_corners)

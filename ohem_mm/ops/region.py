@@ -243,10 +243,10 @@ class _Full(torch.autograd.Function):
         return sums.intersection, sums.predicted, sums.counts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, by_intersection: Tensor, by_predicted: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
+        refuse_graph()
         logits, target, valid, weight = ctx.saved_tensors
         z, labels, scale = _flat(logits, target, valid, weight)
         grad = logit_gradient(
@@ -264,6 +264,15 @@ def _flat(
     valid = valid.reshape(images, z.shape[2])
     scale = valid.to(z.dtype) if weight is None else masked(weight.reshape(valid.shape), valid, z)
     return z.masked_fill(~valid[:, None], 0), target.reshape(valid.shape), scale
+
+
+def refuse_graph() -> None:
+    """Raise RuntimeError under ``create_graph=True``, where autograd would see a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "The gradient of the region term cannot be differentiated again: call backward without "
+            "create_graph=True. OhemCrossEntropyLoss alone has second derivatives."
+        )
 
 
 def masked(weight: Tensor, valid: Tensor, like: Tensor) -> Tensor:

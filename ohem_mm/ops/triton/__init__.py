@@ -1,4 +1,3 @@
-# mypy: allow-untyped-calls
 """Upsampling, cross-entropy, mining and their gradient on the GPU, without full-size logits.
 
 What is stored for each output pixel is two float32 maps, the loss and the log of the normaliser,
@@ -9,22 +8,23 @@ programs run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...rule import OhemRule
-from . import backward, floor, forward, geometry, mining
+from ...tracing import is_traced, is_transformed
+from ..eager import plain_cross_entropy
+from . import forward, geometry
 from . import trial as _trial
-from .inner import Kind, triton
+from .inner import triton
+from .operator import kept_ohem
+from .passes import Settings, backward_pass, forward_pass, sizes_of
 from .trial import UndecidedError
 
 __all__ = ["UndecidedError", "available", "ohem", "refusal", "trial"]
 
-# Releases of Triton before this one do not compile these kernels.
-_OLDEST = (3, 4)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -42,8 +42,6 @@ def available(logits: Tensor) -> bool:
         return False
     if not isinstance(forward._forward, triton.JITFunction):
         return True
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
-        return False
     return logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (8, 0)
 
 
@@ -68,11 +66,11 @@ def refusal(
         return f"cannot take {logits.dtype} on {logits.device.type}"
     if any(isinstance(value, Tensor) and value.requires_grad for value in constants):
         return "has no gradient of weights, class weights and avg_factor"
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return "cannot be transformed by torch.func"
     if rule is not None and (rule.pool == "world" or not rule.plain):
         return "does not know this rule"
-    return geometry.refusal(_sizes(logits, size), logits.stride())
+    return geometry.refusal(sizes_of(logits, size), logits.stride())
 
 
 def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: bool) -> str | None:
@@ -87,7 +85,7 @@ def ohem(
     *,
     rule: OhemRule,
     ignore_index: int,
-    size: tuple[int, int],
+    size: Sequence[int],
     align_corners: bool,
     use_sigmoid: bool,
     label_smoothing: float,
@@ -120,44 +118,39 @@ def ohem(
         tiling: Limits of the schedule.
 
     Returns:
-        The loss, float32, shape (), differentiable once by ``logits``; the number of hits, int64,
+        The loss, float32, shape (), differentiable by ``logits``; the number of hits, int64,
         shape (), or None; and the number of valid pixels, int64, shape ().
 
     Raises:
         ValueError: :func:`refusal` has a reason.
     """
-    sizes = _sizes(logits, size)
     reason = refusal(logits, size, (scale, class_weight, avg_factor), rule)
     if reason:
         raise ValueError(f"triton {reason}.")
     if isinstance(avg_factor, Tensor) and avg_factor.device != logits.device:
-        avg_factor = float(avg_factor)  # a number on the host, which costs nothing to read
+        # A number on the host, which costs nothing to read, except while a compiler traces.
+        traced = torch.compiler.is_compiling()
+        avg_factor = avg_factor.to(logits.device) if traced else float(avg_factor)
     if class_weight is not None:
         class_weight = class_weight.to(logits.device, non_blocking=True)
-    kind = Kind(
-        full=sizes.full,
-        align_corners=align_corners,
-        sigmoid=use_sigmoid,
-        single=use_sigmoid and sizes.classes == 1,
-        smooth=label_smoothing > 0,
-        hits=with_hits,
-        hard=bool(rule.min_kept) and rule.pool != "class",
+    settings = Settings(
+        rule,
+        align_corners,
+        use_sigmoid,
+        float(label_smoothing),
+        ignore_index,
+        reduction,
+        with_hits,
+        tiling,
     )
-    call = _Call(sizes, kind, rule, ignore_index, float(label_smoothing), reduction, tiling)
-    loss, hits, valid = _Ohem.apply(logits, target, scale, class_weight, avg_factor, call)
+    # Kernels launched on tensors without data are of use to tests alone, which ask with 'meta'.
+    if is_traced(logits) and not logits.is_meta:
+        loss, hits, valid = kept_ohem(logits, target, scale, class_weight, avg_factor, settings)
+    else:
+        loss, hits, valid = _Ohem.apply(  # type: ignore[no-untyped-call]
+            logits, target, scale, class_weight, avg_factor, settings
+        )
     return loss, hits if with_hits else None, valid
-
-
-class _Call(NamedTuple):
-    """What the passes need to know besides tensors."""
-
-    sizes: geometry.Sizes
-    kind: Kind
-    rule: OhemRule
-    ignore_index: int
-    smoothing: float
-    reduction: str
-    tiling: geometry.Tiling
 
 
 class _Ohem(torch.autograd.Function):
@@ -169,66 +162,35 @@ class _Ohem(torch.autograd.Function):
         weight: Tensor | None,
         class_weight: Tensor | None,
         avg_factor: Tensor | float | None,
-        call: _Call,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sizes, kind, rule = call.sizes, call.kind, call.rule
-        with torch.cuda.device_of(logits):
-            state = floor.make_state(logits, 2 if kind.single else sizes.classes, rule)
-            maps = forward.run(
-                logits,
-                target.contiguous(),
-                sizes,
-                kind,
-                ignore_index=call.ignore_index,
-                smoothing=call.smoothing,
-                limit=floor.limit_of(rule),
-                state=state.all,
-                plan=geometry.forward(sizes, call.tiling),
-            )
-            result = mining.run(
-                maps,
-                state,
-                weight,
-                class_weight,
-                avg_factor,
-                sizes,
-                kind,
-                rule,
-                call.reduction,
-                plan=geometry.mining(sizes, call.tiling),
-            )
-        ctx.call = call
-        ctx.save_for_backward(logits, maps.loss, maps.normaliser, maps.label, result.divisor)
-        ctx.mark_non_differentiable(result.hits, result.valid)
+        loss, hits, valid, *saved = forward_pass(
+            logits, target, weight, class_weight, avg_factor, settings
+        )
+        ctx.settings = settings
+        ctx.save_for_backward(logits, *saved)
+        ctx.mark_non_differentiable(hits, valid)
         ctx.set_materialize_grads(False)  # zeros for the two would be two more launches
-        return result.loss, result.hits, result.valid
+        return loss, hits, valid
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, factor, normaliser, label, divisor = ctx.saved_tensors
-        call = ctx.call
-        with torch.cuda.device_of(logits):
-            grad = backward.run(
-                logits,
-                backward.Saved(factor, normaliser, label, divisor),
-                grad_loss,
-                call.sizes,
-                call.kind,
-                call.smoothing,
-                geometry.backward(call.sizes, _processors(logits.device), call.tiling),
-            )
-        return grad, None, None, None, None, None
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 6
+        logits, *saved = ctx.saved_tensors
+        make = _gradient_with_graph if torch.is_grad_enabled() else backward_pass
+        return make(grad_loss, logits, saved, ctx.settings), None, None, None, None, None
 
 
-def _sizes(logits: Tensor, size: Sequence[int]) -> geometry.Sizes:
-    n, c, h, w = logits.shape
-    return geometry.Sizes(n, c, h, w, int(size[0]), int(size[1]))
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a device; of an H100 where it has none."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _gradient_with_graph(
+    grad_loss: Tensor, logits: Tensor, saved: Sequence[Tensor], settings: Settings
+) -> Tensor:
+    """The gradient once more, differentiable itself, for ``create_graph``; at full resolution."""
+    factor, _, label, divisor = saved
+    kept = label >= 0
+    _, loss = plain_cross_entropy(
+        logits, label, kept, settings.use_sigmoid, settings.smoothing, settings.align_corners
+    )
+    total = (loss * torch.where(kept, factor, 0)).sum() / divisor
+    (grad,) = torch.autograd.grad(total, logits, grad_loss, create_graph=True)
+    return grad

@@ -114,7 +114,10 @@ def refusal(sizes: Sizes, strides: tuple[int, ...]) -> str | None:
         (sizes.low_w + TILING.cells) * (sizes.high_w + TILING.tile),
     )
     rows = abs(strides[3]) * (sizes.low_w + TILING.cells)
-    programs = max(forward(sizes).programs, backward(sizes, 1, Tiling(walk=1)).programs)
+    # Of the backward pass with walk 1; all other kernels have fewer programs than pixels. Written
+    # out, for a compiler that traces this may know the sizes as symbols alone.
+    strips = cdiv(sizes.low_w, TILING.cells - 1) * cdiv(sizes.classes, TILING.classes)
+    programs = strips * sizes.low_h * sizes.images
     for what, number in (
         ("pixels", pixels),
         ("positions", positions),

@@ -19,6 +19,10 @@ try:
     import triton.language as tl
 except ImportError:
     triton = tl = None
+# Releases before this one lack arguments of ``triton.jit``, and do not compile these kernels.
+OLDEST = (3, 4)
+if triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+    triton = tl = None
 
 __all__ = ["tl", "triton"]
 
@@ -87,9 +91,9 @@ def kernel(*aligned: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 if tl is not None:
-    LOG2_E = tl.constexpr(1.4426950408889634)
-    LN_2 = tl.constexpr(0.6931471805599453)
+    LOG2_E, LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
 
 @jit

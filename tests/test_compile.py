@@ -1,0 +1,287 @@
+"""Under torch.compile, torch.export and without values: the fused loss stays one operator."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops
+from ohem_mm.ops import compiled
+
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace reads of os.environ"
+)
+
+OPERATOR = "ohem_mm.pixel_cross_entropy.default"
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.delenv("OHEM_MM_BACKEND", raising=False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(shape=(2, 5, 6, 7), size=(23, 29), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, max(2, shape[1]), (shape[0], *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
+    return logits.to(dtype), target
+
+
+def value_and_grad(function, logits, *args, **kwargs):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), logits.grad
+
+
+class Graphs:
+    """A backend that runs what it is given, and keeps the forward and backward graphs."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, module, inputs):
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(graph, _):
+            self.graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=keep, bw_compiler=keep)(module, inputs)
+
+    @property
+    def nodes(self):
+        return [node for graph in self.graphs for node in graph.graph.nodes]
+
+    @property
+    def operators(self):
+        return [str(node.target) for node in self.nodes if "ohem_mm" in str(node.target)]
+
+    @property
+    def largest(self):
+        """Elements of the largest tensor in any graph."""
+        values = (node.meta.get("val") for node in self.nodes)
+        leaves = torch.utils._pytree.tree_leaves(list(values))
+        return max(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+RULES = [
+    {},
+    {"min_kept": 0, "reduction": "sum"},
+    {"thresh": None, "min_kept": 0.3, "pool": "image", "class_weight": [1, 2, 3, 4, 5]},
+    {"thresh": 0.3, "min_kept": 400, "pool": "class", "always_keep": [1], "avg": "valid"},
+    {"use_sigmoid": True, "label_smoothing": 0.1, "align_corners": True, "reduction": "none"},
+    {"label_smoothing": 0.2, "class_weight": [1, 2, 3, 4, 5], "weighted_mean": True},
+    {"preset": "detectron2"},
+]
+
+
+@pytest.mark.parametrize(("rule", "weighted"), [*zip(RULES, itertools.cycle((False, True)))])
+def test_equals_eager_mode_and_keeps_no_full_resolution_logits(rule, weighted):
+    logits, target = batch(size=(46, 58))
+    weight = None
+    if weighted:
+        weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
+    loss = OhemCrossEntropyLoss(**rule)
+    stats, compiled_stats = ({"kept": None} if weighted else {} for _ in range(2))
+    expected = value_and_grad(loss, logits, target, weight, stats=stats)
+    graphs = Graphs()
+    function = torch.compile(loss, fullgraph=True, backend=graphs)
+    result = value_and_grad(function, logits, target, weight, stats=compiled_stats)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(compiled_stats, stats)
+    assert graphs.operators == [OPERATOR, "ohem_mm.pixel_cross_entropy_backward.default"]
+    histograms = 2048 * {"class": 5, "image": 2}.get(loss.pool, 1)
+    assert graphs.largest <= max(target.numel(), histograms) < logits.shape[1] * target.numel()
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("channels_last", torch.float16),
+        ("full size", torch.bfloat16),
+        ("full size", torch.float64),
+        ("1-D", torch.float64),
+        ("eager", torch.float32),
+    ],
+)
+def test_dtypes_and_shapes(monkeypatch, dtype, layout):
+    shapes = {"full size": {"size": (6, 7)}, "1-D": {"shape": (2, 5, 7), "size": (29,)}}
+    logits, target = batch(**shapes.get(layout, {}), dtype=dtype)
+    if layout == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    if layout == "eager":
+        monkeypatch.setenv("OHEM_MM_BACKEND", "eager")
+    loss = OhemCrossEntropyLoss(thresh=0.3)
+    expected = value_and_grad(loss, logits, target)
+    graphs = Graphs()
+    result = value_and_grad(torch.compile(loss, fullgraph=True, backend=graphs), logits, target)
+    torch.testing.assert_close(result, expected)
+    assert (OPERATOR in graphs.operators) == (layout in ("channels_last", "full size"))
+
+
+def test_non_finite_logits_show():
+    logits, target = batch()
+    logits[0, 1, 2, 3] = torch.nan
+    loss = OhemCrossEntropyLoss()
+    expected = value_and_grad(loss, logits, target)
+    result = value_and_grad(
+        torch.compile(loss, fullgraph=True, backend="aot_eager"), logits, target
+    )
+    assert expected[0].isnan()
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("pool", ["batch", "image", "class"])
+def test_shapes_that_vary_are_compiled_once(pool):
+    loss = OhemCrossEntropyLoss(min_kept=0.5, pool=pool)
+    graphs = Graphs()
+    function = torch.compile(loss, fullgraph=True, backend=graphs, dynamic=True)
+    for images, low, high in ((2, (6, 7), (23, 29)), (3, (5, 9), (40, 31)), (4, (8, 8), (64, 64))):
+        logits, target = batch((images, 5, *low), high)
+        expected = value_and_grad(loss, logits, target)
+        torch.testing.assert_close(value_and_grad(function, logits, target), expected)
+    assert len(graphs.graphs) == 2  # forward and backward
+
+
+def peak(run):
+    """Peak bytes above the start in torch's allocator, and the largest single allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    most = now = 0
+    for _, size in sorted(sizes):
+        now += size
+        most = max(most, now)
+    return most, max(size for _, size in sizes)
+
+
+def test_peak_memory_of_a_compiled_step(monkeypatch):
+    """Measured, in a whole step with inductor: far below one tensor of upsampled logits."""
+    logits, target = batch((2, 40, 16, 24), (128, 192))
+    full = 4 * 40 * target.numel()
+    loss = OhemCrossEntropyLoss()
+
+    def step(function):
+        return lambda: value_and_grad(function, logits, target)
+
+    function = torch.compile(loss, fullgraph=True)
+    expected = step(loss)()
+    try:
+        result = step(function)()
+    except torch._inductor.exc.InductorError as error:  # no C++ compiler on this machine
+        pytest.skip(str(error)[:200])
+    torch.testing.assert_close(result, expected)
+    most, largest = peak(step(function))
+    assert most < full / 2
+    assert largest <= max(4 * 2**18, 8 * target.numel())  # a band, or a map of int64
+    monkeypatch.setenv("OHEM_MM_BACKEND", "eager")
+    assert peak(step(loss))[0] > 2 * full  # what is measured would show
+
+
+def test_a_compiled_network_trains_as_it_does_uncompiled():
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(3, 5, 3, stride=4, padding=1)
+    images, (_, target) = torch.randn(2, 3, 24, 32), batch(size=(24, 32))
+    criterion = OhemCrossEntropyLoss(thresh=0.9)
+    found = []
+    for compile_it in (False, True):
+        model = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+        def step(images, target, model=model):
+            return criterion(model(images), target)
+
+        if compile_it:
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            optimizer.zero_grad()
+            step(images, target).backward()
+            optimizer.step()
+        found.append(list(model.parameters()))
+    torch.testing.assert_close(*found)
+
+
+def test_transforms_of_torch_func_within_a_compiled_function():
+    logits, target = batch(dtype=torch.float64)
+
+    def one(z, labels):
+        return ohem_cross_entropy(z[None], labels[None], thresh=0.4, min_kept=0.4)
+
+    gradients = torch.func.vmap(torch.func.grad(one))
+    function = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(function(logits, target), gradients(logits, target))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "smoothing", "use_sigmoid"),
+    [(torch.bfloat16, 0.1, False), (torch.float32, 0.0, True), (torch.float64, 0.1, True)],
+)
+def test_operators_keep_their_promises(dtype, smoothing, use_sigmoid):
+    """Schema, fake kernel and autograd, as torch checks them."""
+    logits, target = batch((2, 3, 4, 3), (9, 7), dtype)
+    options = (use_sigmoid, smoothing, True, True)
+    inputs = (logits, target, target != 255, *options)
+    torch.library.opcheck(compiled._forward, inputs)
+    torch.library.opcheck(compiled._forward, (logits.requires_grad_(), *inputs[1:]))
+    loss, _, _ = compiled._forward(*inputs)
+    grad = torch.rand_like(loss)
+    inputs = (grad, logits.detach(), *inputs[1:3], loss.detach(), *options)
+    torch.library.opcheck(compiled._backward, inputs)
+
+
+def test_a_second_derivative_of_the_operator_is_refused():
+    logits, target = batch(dtype=torch.float64)
+    logits.requires_grad_()
+    loss, _, _ = compiled._forward(logits, target, target != 255, False, 0.0, False, False)
+    (grad,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    logits, target = batch()
+    loss = OhemCrossEntropyLoss(min_kept=0.5, pool="class")
+    images, h, w = (torch.export.Dim(name, min=2) for name in ("images", "h", "w"))
+    shapes = {"pred": {0: images, 2: h, 3: w}, "target": {0: images, 1: 4 * h, 2: 4 * w}}
+    logits, target = batch((2, 5, 6, 7), (24, 28))
+    program = torch.export.export(loss, (logits, target), dynamic_shapes=shapes, strict=strict)
+    assert OPERATOR in [str(node.target) for node in program.graph.nodes]
+    for shape in ((2, 5, 6, 7), (3, 5, 4, 9)):
+        logits, target = batch(shape, (4 * shape[2], 4 * shape[3]))
+        expected = value_and_grad(loss, logits, target)
+        torch.testing.assert_close(value_and_grad(program.module(), logits, target), expected)
+
+
+@pytest.mark.parametrize("pool", ["batch", "image", "class"])
+def test_tensors_without_values(pool):
+    loss = OhemCrossEntropyLoss(min_kept=0.5, pool=pool)
+    logits, target = batch()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(logits.requires_grad_())
+        value = loss(fake, mode.from_tensor(target))
+        (grad,) = torch.autograd.grad(value, fake)
+    assert value.shape == ()
+    assert grad.shape == logits.shape
+
+
+def test_eager_mode_does_without_the_operators(monkeypatch):
+    """A custom operator costs more per call than a function, and imports the compiler."""
+
+    def refuse(*_):
+        raise AssertionError("an operator was called")
+
+    monkeypatch.setattr(compiled, "_forward", refuse)
+    monkeypatch.setattr(compiled, "_backward", refuse)
+    assert ops.kept_cross_entropy is compiled.kept_cross_entropy
+    value_and_grad(OhemCrossEntropyLoss(), *batch())
