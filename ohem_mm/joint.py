@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .loss import OhemCrossEntropyLoss, _check_classes, _check_tensors, _labels, _wide_enough
+from .inputs import check_classes, check_tensors, checked_labels, wide_enough
+from .loss import OhemCrossEntropyLoss
 from .ops import Overlap, Shared, shared_pass
 from .region import RegionLoss
 
@@ -90,12 +91,12 @@ def _share(
     if pixels is None:
         return None, None
     ignored, use_sigmoid, align = key
-    _check_tensors(logits=logits, target=target)
-    target = _labels(logits, target, use_sigmoid)
+    check_tensors(logits=logits, target=target)
+    target = checked_labels(logits, target, use_sigmoid)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
-    target = _wide_enough(target, num_classes, ignored)
+    target = wide_enough(target, num_classes, ignored)
     valid = target != ignored
-    _check_classes(target, valid, num_classes, (), None, ignored, use_sigmoid)
+    check_classes(target, valid, num_classes, (), None, ignored, use_sigmoid)
     shared = shared_pass(
         logits,
         target,

@@ -8,24 +8,28 @@ uses.
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .inputs import check_classes, check_tensors, checked_labels, drop_channel, wide_enough
 from .mining import Kept, keep_pixels, world_size, world_sum
 from .ops import Shared, choose_backend, pixel_cross_entropy, triton
 from .presets import preset_rule
-from .rule import SETTINGS, OhemRule, RegionRule, check_choice, is_int, is_number
-from .tracing import can_look
-
-Reduction = Literal["none", "mean", "sum"]
+from .rule import SETTINGS, OhemRule
+from .settings import (
+    Reduction,
+    changed_settings,
+    check_naming,
+    check_options,
+    load_class_weight,
+    setting,
+    settle,
+    shows_settings,
+)
 
 # What other implementations call our settings; used in error messages only.
 _FOREIGN = {
@@ -100,19 +104,19 @@ def ohem_cross_entropy(
         rule = OhemRule(**settings)
     elif settings:
         raise TypeError(f"Give either rule or settings, but got both: {', '.join(settings)}.")
-    _check_options(reduction, label_smoothing, ignore_index)
+    check_options(reduction, label_smoothing, ignore_index)
     if reduction == "sum" and avg_factor is not None:
         raise ValueError("avg_factor divides a mean; it cannot be used with reduction='sum'.")
-    _check_tensors(logits=logits, target=target, weight=weight, class_weight=class_weight)
-    target = _labels(logits, target, use_sigmoid)
+    check_tensors(logits=logits, target=target, weight=weight, class_weight=class_weight)
+    target = checked_labels(logits, target, use_sigmoid)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
-    target = _wide_enough(target, num_classes, ignore_index)
+    target = wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
-    _check_classes(
+    check_classes(
         target, valid, num_classes, rule.always_keep, class_weight, ignore_index, use_sigmoid
     )
     if weight is not None:
-        weight = _drop_channel(weight.to(logits.device), target.dim()).expand_as(target)
+        weight = drop_channel(weight.to(logits.device), target.dim()).expand_as(target)
     if class_weight is not None:
         class_weight = class_weight.to(logits.device)
     constants = (weight, class_weight, avg_factor)
@@ -203,25 +207,6 @@ def _divisor(
     return divisor / world_size(rule.pool)
 
 
-def _shows_settings(
-    rule: type[OhemRule | RegionRule],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Show the fields of a rule, by name, in a signature that takes them as a whole."""
-
-    def decorate(init: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(init)
-        first, *own = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
-        shown = [
-            inspect.Parameter(f.name, first.kind, default=f.default, annotation=str(f.type))
-            for f in fields(rule)
-            if f.init
-        ]
-        init.__signature__ = signature.replace(parameters=[first, *shown, *own])  # type: ignore[attr-defined]
-        return init
-
-    return decorate
-
-
 class OhemCrossEntropyLoss(nn.Module):
     """Cross-entropy with online hard example mining, for decode heads and plain PyTorch.
 
@@ -262,7 +247,7 @@ class OhemCrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    @_shows_settings(OhemRule)
+    @shows_settings(OhemRule)
     def __init__(
         self,
         *in_order: Any,
@@ -279,9 +264,9 @@ class OhemCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         base = OhemRule() if preset is None else preset_rule(preset)
-        self.rule = _settle(base, in_order, settings, type(self), _FOREIGN)
-        _check_options(reduction, label_smoothing, ignore_index)
-        _check_naming(loss_name, loss_weight)
+        self.rule = settle(base, in_order, settings, type(self), _FOREIGN)
+        check_options(reduction, label_smoothing, ignore_index)
+        check_naming(loss_name, loss_weight)
         self.preset = preset
         self.ignore_index = ignore_index
         self.use_sigmoid = use_sigmoid
@@ -291,7 +276,7 @@ class OhemCrossEntropyLoss(nn.Module):
         self.loss_weight = loss_weight
         self._loss_name = loss_name
         # Not persistent: a checkpoint holds the same keys with this loss as with any other.
-        weights = None if class_weight is None else torch.tensor(_load_class_weight(class_weight))
+        weights = None if class_weight is None else torch.tensor(load_class_weight(class_weight))
         self.register_buffer("class_weight", weights, persistent=False)
 
     def forward(
@@ -363,223 +348,8 @@ class OhemCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings that differ from the defaults, and always thresh and min_kept."""
-        return _changed_settings(self, ("thresh", "min_kept"))
-
-
-_Rule = TypeVar("_Rule", OhemRule, RegionRule)
-
-
-def _settle(
-    base: _Rule,
-    in_order: tuple[Any, ...],
-    settings: dict[str, Any],
-    loss: type[nn.Module],
-    foreign: dict[str, str],
-) -> _Rule:
-    """The rule with the settings that a loss was given, by name or in order."""
-    names = [field.name for field in fields(base) if field.init]
-    for name in settings:
-        if name not in names:
-            raise TypeError(_unknown_keyword(name, loss, foreign))
-    if len(in_order) > len(names):
-        raise TypeError(f"At most {len(names)} settings go without a name: {', '.join(names)}.")
-    for name, value in zip(names, in_order, strict=False):
-        if name in settings:
-            raise TypeError(f"{name} is given twice: {value!r} and {settings[name]!r}.")
-        settings[name] = value
-    return replace(base, **settings)
-
-
-def _check_naming(loss_name: str, loss_weight: float) -> None:
-    """Raise ValueError where mmseg would not optimise the loss, or its weight is none."""
-    if not isinstance(loss_name, str) or not loss_name.startswith("loss_"):
-        raise ValueError(f"loss_name must start with 'loss_', but got {loss_name!r}.")
-    if not is_number(loss_weight) or not 0 <= loss_weight < math.inf:
-        raise ValueError(f"loss_weight must be a finite number >= 0, but got {loss_weight!r}.")
-
-
-def _changed_settings(loss: nn.Module, always: Sequence[str]) -> str:
-    """Settings of a loss that differ from the defaults, and some always, for its repr."""
-    shown = []
-    for name, parameter in inspect.signature(type(loss).__init__).parameters.items():
-        value = getattr(loss, name, parameter.default)
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        if name in always or value != parameter.default:
-            shown.append(f"{name}={value!r}")
-    return ", ".join(shown)
-
-
-def _setting(name: str) -> property:
-    """A setting of the rule as an attribute of the loss; setting it makes a new rule."""
-
-    def get(loss: Any) -> Any:
-        return getattr(loss.rule, name)
-
-    def set_(loss: Any, value: Any) -> None:
-        loss.rule = replace(loss.rule, **{name: value})
-
-    return property(get, set_)
+        return changed_settings(self, ("thresh", "min_kept"))
 
 
 for _name in SETTINGS:
-    setattr(OhemCrossEntropyLoss, _name, _setting(_name))
-
-
-def _check_options(reduction: str, label_smoothing: float, ignore_index: int | None) -> None:
-    """Raise ValueError or TypeError, naming the value and what is allowed, on a bad option."""
-    check_choice("reduction", reduction, get_args(Reduction))
-    if not is_number(label_smoothing) or not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), but got {label_smoothing!r}.")
-    if ignore_index is not None and not is_int(ignore_index):
-        raise TypeError(f"ignore_index must be an int or None, but got {ignore_index!r}.")
-
-
-def _unknown_keyword(name: str, loss: type[nn.Module], foreign: dict[str, str]) -> str:
-    allowed = list(inspect.signature(loss.__init__).parameters)[1:-1]
-    near = difflib.get_close_matches(name, allowed, n=1)
-    meant = foreign.get(name) or (near[0] if near else None)
-    hint = f" Did you mean {meant}?" if meant else ""
-    return f"{loss.__name__} got an unknown keyword {name!r}.{hint} Allowed: {', '.join(allowed)}."
-
-
-def _load_class_weight(source: Sequence[float] | str | os.PathLike[str]) -> list[float]:
-    """Class weights from a sequence or a file, checked."""
-    values: Any = source
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"class_weight names a file that does not exist: {path!r}.")
-        if path.endswith(".npy"):
-            import numpy as np
-
-            values = np.load(path)
-        else:
-            try:
-                from mmengine import load
-            except ImportError as error:
-                raise ImportError(
-                    f"Reading class_weight from {path!r} needs mmengine; without it, pass a list "
-                    "or a .npy file."
-                ) from error
-            values = load(path)
-    weights = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    if weights.dim() != 1 or not len(weights):
-        raise ValueError(
-            f"class_weight must hold one weight for each class, but got shape "
-            f"{tuple(weights.shape)}."
-        )
-    if not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"class_weight must be finite and >= 0, but got {weights.tolist()}.")
-    return list(map(float, weights))
-
-
-def _drop_channel(value: Tensor, dim: int) -> Tensor:
-    """(N, 1, ...) to (N, ...), where ``dim`` is the number of dimensions wanted."""
-    return value.squeeze(1) if value.dim() == dim + 1 and value.shape[1] == 1 else value
-
-
-def _check_tensors(**values: Any) -> None:
-    """Raise TypeError, saying what to pass, unless these are tensors, or None where that may be."""
-    for name, value in values.items():
-        if isinstance(value, Tensor) or (value is None and name not in ("logits", "target")):
-            continue
-        hint = f"torch.as_tensor({name}) makes one of numbers"
-        if name == "logits":
-            hint = (
-                "where a network returns more than its logits, take them out: output.logits, "
-                "output['out'] or output[0]"
-            )
-        raise TypeError(f"{name} must be a torch.Tensor, but got {type(value).__name__}; {hint}.")
-
-
-def _labels(logits: Tensor, target: Tensor, use_sigmoid: bool) -> Tensor:
-    """Check types and shapes; return the labels in shape (N, ...)."""
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, but got {logits.dtype}.")
-    if target.is_floating_point() or target.is_complex():
-        raise TypeError(
-            f"target must hold integer class indices, but got {target.dtype}; where its values are "
-            "class indices, pass target.long()."
-        )
-    shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
-    target = _drop_channel(target, max(1, logits.dim() - 1))
-    if logits.dim() < 2 or target.dim() != logits.dim() - 1 or logits.shape[0] != target.shape[0]:
-        raise ValueError(f"Expected logits (N, C, ...) and target (N, ...), but got {shapes}.")
-    size = target.shape[1:]
-    if logits.shape[2:] != size:
-        # Compilers would have to remember the answer for shapes that vary.
-        if not torch.compiler.is_compiling() and _channels_last(logits.shape, size):
-            raise ValueError(
-                f"Expected logits (N, C, ...), but got {shapes}: the channels seem to be last. "
-                "Pass logits.movedim(-1, 1); where they are not, upsample the logits before."
-            )
-        if any(a > b for a, b in zip(logits.shape[2:], size, strict=True)):
-            raise ValueError(f"logits may not be spatially larger than target, but got {shapes}.")
-        if len(size) > 3:
-            raise ValueError(f"Only 1-D to 3-D maps can be upsampled, but got {shapes}.")
-    if logits.shape[1] == 1 and not use_sigmoid:
-        raise ValueError(
-            f"The softmax over one channel is always 1, but got {shapes}. For a binary problem "
-            "with labels 0 and 1 set use_sigmoid=True; else give each class a channel."
-        )
-    return target
-
-
-def _channels_last(shape: torch.Size, size: torch.Size) -> bool:
-    """Whether logits that would be upsampled fit the labels as (N, ..., C), not as (N, C, ...).
-
-    Heads shrink all dimensions alike, up to rounding, or some of them less (volumes with thick
-    slices). So logits are refused only where one stride explains the reading with the channels last
-    and none the reading with the channels first. In 1-D any stride will do, and only logits of the
-    labels' length are refused.
-    """
-    first, last = shape[2:], shape[1:-1]
-    if len(size) == 1:
-        return last == size
-    return not _one_stride(first, size, 1) and _one_stride(last, size, 0.5)
-
-
-def _one_stride(small: torch.Size, big: torch.Size, slack: float) -> bool:
-    """Whether ``big / stride`` is ``small``, give or take ``slack``, in all dimensions."""
-    least = max(b / (s + slack) for s, b in zip(small, big, strict=True))
-    return all(s <= slack or least <= b / (s - slack) for s, b in zip(small, big, strict=True))
-
-
-def _wide_enough(target: Tensor, *values: int) -> Tensor:
-    """The labels as they came, for a copy costs memory; int64 if their dtype lacks a value."""
-    if target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        held = torch.iinfo(target.dtype)
-        if all(held.min <= value <= held.max for value in values):
-            return target
-    return target.long()
-
-
-def _check_classes(
-    target: Tensor,
-    valid: Tensor,
-    num_classes: int,
-    always_keep: Sequence[int],
-    class_weight: Tensor | None,
-    ignore_index: int,
-    use_sigmoid: bool,
-) -> None:
-    """Check what depends on the number of classes."""
-    for cls in always_keep:
-        if cls >= num_classes:
-            raise ValueError(f"always_keep names class {cls}, but there are {num_classes} classes.")
-    if class_weight is not None and class_weight.shape != (num_classes,):
-        raise ValueError(
-            f"class_weight has shape {tuple(class_weight.shape)}, but there are {num_classes} "
-            "classes."
-        )
-    # Free on the CPU. On an accelerator a look would stall the queue; indexing asserts there.
-    if can_look(target) and target.numel():
-        low, high = (int(bound) for bound in torch.where(valid, target, 0).aminmax())
-        if low < 0 or high >= num_classes:
-            bad = low if low < 0 else high
-            hint = " With use_sigmoid, one channel knows the classes 0 and 1."
-            raise ValueError(
-                f"target holds label {bad}, which is neither a class (0 to {num_classes - 1}) nor "
-                f"ignore_index ({ignore_index}).{hint if use_sigmoid and num_classes == 2 else ''}"
-            )
+    setattr(OhemCrossEntropyLoss, _name, setting(_name))

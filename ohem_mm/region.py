@@ -15,24 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loss import (
-    _changed_settings,
-    _check_classes,
-    _check_naming,
-    _check_options,
-    _check_tensors,
-    _drop_channel,
-    _labels,
-    _load_class_weight,
-    _setting,
-    _settle,
-    _shows_settings,
-    _wide_enough,
-)
+from .inputs import check_classes, check_tensors, checked_labels, drop_channel, wide_enough
 from .ops import Overlap, Shared, class_sums
 from .overlap import class_overlap, pool_sums, region_value
 from .presets import region_preset_rule
 from .rule import RegionRule
+from .settings import (
+    changed_settings,
+    check_naming,
+    check_options,
+    load_class_weight,
+    setting,
+    settle,
+    shows_settings,
+)
 
 # What other implementations call our settings; used in error messages only.
 _FOREIGN = {
@@ -113,15 +109,15 @@ def region_loss(
         rule = RegionRule(**settings)
     elif settings:
         raise TypeError(f"Give either rule or settings, but got both: {', '.join(settings)}.")
-    _check_options("mean", label_smoothing, ignore_index)
-    _check_tensors(logits=logits, target=target, weight=weight, class_weight=class_weight)
-    target = _labels(logits, target, use_sigmoid)
+    check_options("mean", label_smoothing, ignore_index)
+    check_tensors(logits=logits, target=target, weight=weight, class_weight=class_weight)
+    target = checked_labels(logits, target, use_sigmoid)
     num_classes = 2 if use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
-    target = _wide_enough(target, num_classes, ignore_index)
+    target = wide_enough(target, num_classes, ignore_index)
     valid = target != ignore_index
-    _check_classes(target, valid, num_classes, (), class_weight, ignore_index, use_sigmoid)
+    check_classes(target, valid, num_classes, (), class_weight, ignore_index, use_sigmoid)
     if weight is not None:
-        weight = _drop_channel(weight, target.dim()).expand_as(target)
+        weight = drop_channel(weight, target.dim()).expand_as(target)
 
     overlap = Overlap(use_sigmoid, rule.squared, float(label_smoothing))
     if shared is not None and weight is None and shared.overlap == overlap:
@@ -186,7 +182,7 @@ class RegionLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    @_shows_settings(RegionRule)
+    @shows_settings(RegionRule)
     def __init__(
         self,
         *in_order: Any,
@@ -202,9 +198,9 @@ class RegionLoss(nn.Module):
     ) -> None:
         super().__init__()
         base = RegionRule() if preset is None else region_preset_rule(preset)
-        self.rule = _settle(base, in_order, settings, type(self), _FOREIGN)
-        _check_options("mean", label_smoothing, ignore_index)
-        _check_naming(loss_name, loss_weight)
+        self.rule = settle(base, in_order, settings, type(self), _FOREIGN)
+        check_options("mean", label_smoothing, ignore_index)
+        check_naming(loss_name, loss_weight)
         self.preset = preset
         self.ignore_index = ignore_index
         self.use_sigmoid = use_sigmoid
@@ -213,7 +209,7 @@ class RegionLoss(nn.Module):
         self.loss_weight = loss_weight
         self._loss_name = loss_name
         # Not persistent: a checkpoint holds the same keys with this loss as with any other.
-        weights = None if class_weight is None else torch.tensor(_load_class_weight(class_weight))
+        weights = None if class_weight is None else torch.tensor(load_class_weight(class_weight))
         self.register_buffer("class_weight", weights, persistent=False)
 
     def forward(
@@ -291,8 +287,8 @@ class RegionLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings that differ from the defaults, and always kind."""
-        return _changed_settings(self, ("kind",))
+        return changed_settings(self, ("kind",))
 
 
 for _field in fields(RegionRule):
-    setattr(RegionLoss, _field.name, _setting(_field.name))
+    setattr(RegionLoss, _field.name, setting(_field.name))
