@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops, reference
-from ohem_mm.loss import _channels_last
+from ohem_mm.inputs import _channels_last
 
 SHAPES = [(), (7,), (1, 1), (3, 5), (6, 4), (2, 3, 4)]
 GRAD_TOLERANCE = {
