@@ -74,20 +74,14 @@ class Bars(Display):
         for job in running:
             if job.name not in self.tasks:
                 self.tasks[job.name] = self.progress.add_task(job.name, total=1, text="", left="")
-            self.progress.update(
-                self.tasks[job.name],
-                completed=job.share,
-                text=job.state["text"],
-                left=clock(job.seconds_left),
-            )
+            self._show(self.tasks[job.name], job.share, job.state["text"], job.seconds_left)
         finished = sum(job.share == 1 and job not in running for job in self.jobs)
-        self.progress.update(
-            self.all,
-            total=self.count,
-            completed=sum(job.share for job in self.jobs),
-            text=f"{finished} of {self.count} finished",
-            left=clock(self.seconds_left(failed)),
-        )
+        share = sum(job.share for job in self.jobs)
+        text = f"{finished} of {self.count} finished"
+        self._show(self.all, share, text, self.seconds_left(failed), total=self.count)
+
+    def _show(self, task: Any, done: float, text: str, left: float | None, **more: Any) -> None:
+        self.progress.update(task, completed=done, text=text, left=clock(left), **more)
 
 
 @contextlib.contextmanager

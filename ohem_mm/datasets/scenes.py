@@ -23,30 +23,19 @@ from mmseg.registry import DATASETS
 
 __all__ = ["CLASSES", "PALETTE", "SPLITS", "StreetScenesDataset", "draw_scene"]
 
-CLASSES = (
-    "road",
-    "pavement",
-    "building",
-    "sky",
-    "tree",
-    "car",
-    "person",
-    "pole",
-    "sign",
-    "light",
-)
-PALETTE = [
-    [128, 64, 128],
-    [244, 35, 232],
-    [70, 70, 70],
-    [70, 130, 180],
-    [107, 142, 35],
-    [0, 0, 142],
-    [220, 20, 60],
-    [153, 153, 153],
-    [220, 220, 0],
-    [250, 170, 30],
-]
+_COLOURS = {
+    "road": [128, 64, 128],
+    "pavement": [244, 35, 232],
+    "building": [70, 70, 70],
+    "sky": [70, 130, 180],
+    "tree": [107, 142, 35],
+    "car": [0, 0, 142],
+    "person": [220, 20, 60],
+    "pole": [153, 153, 153],
+    "sign": [220, 220, 0],
+    "light": [250, 170, 30],
+}
+CLASSES, PALETTE = tuple(_COLOURS), list(_COLOURS.values())
 SPLITS = ("train", "val", "test")
 
 ROAD, PAVEMENT, BUILDING, SKY, TREE, CAR, PERSON, POLE, SIGN, LIGHT = range(10)
