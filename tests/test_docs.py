@@ -259,7 +259,9 @@ def test_the_first_two_commands_stand_in_the_readme():
 
 
 def test_every_lane_has_its_block():
-    marks = [mark for text in PAGES.values() for mark in re.findall(r"<!-- ci: (\w+) -->\n```bash", text)]
+    marks = [
+        mark for text in PAGES.values() for mark in re.findall(r"<!-- ci: (\w+) -->\n```bash", text)
+    ]
     assert len(marks) == len(set(marks))
     lanes = re.findall(r"^lane \w+ ([^#\n]*)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert sorted(marks) == sorted(" ".join(lanes).split())
