@@ -34,14 +34,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 class Roles(griffe.Extension):
-    """Turns Sphinx's ``:class:`OhemRule` ``, which the docstrings use, into references."""
+    """Turns Sphinx's ``:class:`OhemRule` `` into references, and makes examples of ``Example:``."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object, if it has one."""
         if obj.docstring:
-            obj.docstring.value = re.sub(
-                r":(?:class|func|meth|mod|data):`~?([\w.]+)`", self._link, obj.docstring.value
-            )
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            role = r":(?:class|func|meth|mod|data):`~?([\w.]+)`"
+            obj.docstring.value = re.sub(role, self._link, text)
 
     @staticmethod
     def _link(role: re.Match[str]) -> str:

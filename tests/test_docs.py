@@ -215,9 +215,9 @@ def test_tables_of_time_and_memory_are_taken_from_the_records(page):
 
 
 @cache
-def usage(tool):
+def usage(tool, *subcommand):
     """What a tool prints when it is asked for help."""
-    command = [sys.executable, "-W", "ignore", str(ROOT / tool), "--help"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / tool), *subcommand, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
@@ -243,15 +243,16 @@ def test_options_of_the_commands_exist(page):
     code = [*blocks("bash", PAGES[page]), *re.findall(r"(?<!`)`(python[^`]+)`(?!`)", PAGES[page])]
     for line in "\n".join(code).replace("\\\n", " ").splitlines():
         for tool, rest in re.findall(r"python (tools/[\w/]+\.py)([^#&|;]*)", line):
+            subcommand = re.findall(r"^ (run|report)\b", rest)
             for option in re.findall(r"(?<!\S)\[?(--[a-z][\w-]*)", rest):
-                words = usage(tool)
-                assert re.search(rf"{option}\b", words) or "{run," in words, (tool, option)
+                assert re.search(rf"{option}\b", usage(tool, *subcommand)), (tool, option)
 
 
 def test_help_of_the_tools():
     pytest.importorskip("mmseg")
-    for tool in sorted((ROOT / "tools").rglob("*.py")):
-        usage(str(tool.relative_to(ROOT)))
+    for tool in (ROOT / "tools").rglob("*.py"):
+        if not tool.name.startswith("edge_cases"):  # these print their tables
+            usage(str(tool.relative_to(ROOT)))
 
 
 def test_the_first_two_commands_stand_in_the_readme():
