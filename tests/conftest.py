@@ -1,5 +1,12 @@
 import torch
 from hypothesis import HealthCheck, settings
+from left_out import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 # One thread each: tests are small, and two cores run faster without contention.
 torch.set_num_threads(1)

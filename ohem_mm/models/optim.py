@@ -18,10 +18,8 @@ class Bf16OptimWrapper(OptimWrapper):  # type: ignore[misc]
 
     mmengine's ``AmpOptimWrapper`` refuses to work without a GPU. bfloat16 has the range of
     float32, so gradients do not underflow and nothing is scaled: weights, gradients and the state
-    of the optimizer are float32, and checkpoints are those of ``OptimWrapper``.
-
-    Args:
-        **kwargs: Those of ``OptimWrapper``: ``optimizer``, ``accumulative_counts``, ``clip_grad``.
+    of the optimizer are float32, and checkpoints are those of ``OptimWrapper``, whose arguments it
+    takes: ``optimizer``, ``accumulative_counts``, ``clip_grad``.
 
     Raises:
         RuntimeError: When training starts, on a GPU that has no bfloat16.
