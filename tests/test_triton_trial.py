@@ -100,7 +100,7 @@ FAULTS = {
         "range(part * block, end, tl",
         "range(part * block, part * block + 1, tl",
     ),
-    "wrong digit chosen": ("floor", "(at_least >= rank)", "(at_least > rank)"),
+    "wrong digit chosen": ("floor", "rank).to(tl.int32), 0) - 1", "rank).to(tl.int32), 0) - 2"),
     "rank not carried on": ("floor", "rank -= tl.sum(", "rank += 0 * tl.sum("),
     "wrong class's floor": ("mining", "at = 3 * groups + label", "at = 3 * groups + 0 * label"),
     "hard pixels of a class": (

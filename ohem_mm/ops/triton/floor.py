@@ -21,6 +21,7 @@ from .forward import Maps
 from .inner import is_hard, jit, kernel, options, tl, triton
 
 BINS = 2048
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class State(NamedTuple):
@@ -55,9 +56,9 @@ def make_state(logits: Tensor, labels: int, rule: OhemRule) -> State:
 
 
 def limit_of(rule: OhemRule) -> float:
-    """Loss above which a pixel is hard."""
+    """Loss above which a pixel is hard; without a threshold, the largest that is finite."""
     # 0.0 < limit for thresh = 1 is meant: there every loss above 0 is hard.
-    return math.inf if rule.thresh is None else -math.log(rule.thresh)
+    return _LARGEST if rule.thresh is None else max(0.0, -math.log(rule.thresh))
 
 
 def find(
@@ -74,7 +75,7 @@ def find(
         maps: Of the forward pass.
         state: Where the search stands.
         grid: Programs that share an image, and images.
-        tiles: Block, alignment and options of kernels that only read maps.
+        tiles: Block and options of kernels that only read maps.
         pixels: Of an image.
         rule: What is wanted.
     """
@@ -127,8 +128,7 @@ def find(
 @jit
 def rank_bits(value):
     """Bits that are ordered as the losses are; NaN ranks with inf. The sign bit is 0."""
-    value = tl.where(value != value, float("inf"), tl.abs(value))
-    return value.to(tl.int32, bitcast=True)
+    return tl.minimum(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
 
 
 @jit
@@ -176,7 +176,7 @@ def _begin_floor(
     tl.store(rank + group, k)
 
 
-@kernel("loss", "label_map", "digits", "found", "rank", "hard")
+@kernel("loss", "label_map", "digits", "found", "rank", "hard", "pixels")
 def _count_digits(
     loss,
     label_map,
@@ -192,14 +192,11 @@ def _count_digits(
     bins: tl.constexpr,
     groups_up: tl.constexpr,
     block: tl.constexpr,
-    aligned: tl.constexpr,
 ):
     # Histogram of digit `step` over the pixels that share the digits found before. For pool 'class'
     # step 0 also counts the hard pixels, and `_choose_digit` follows; else each program begins with
     # the choice of the digit before, and the first of a group leaves it to later kernels.
     part, image = tl.program_id(0), tl.program_id(1)
-    if aligned:
-        pixels = tl.multiple_of(pixels, 16)
     loss += image.to(tl.int64) * pixels
     label_map += image.to(tl.int64) * pixels
     shift: tl.constexpr = 20 - 10 * step

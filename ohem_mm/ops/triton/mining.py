@@ -12,7 +12,7 @@ from ...rule import OhemRule
 from . import floor, geometry
 from .floor import BINS, descend, limit_of, rank_bits
 from .forward import Maps
-from .inner import Kind, is_hard, kernel, options, tl
+from .inner import Kind, kernel, options, tl
 
 
 class Result(NamedTuple):
@@ -40,7 +40,7 @@ def run(
     pixels = sizes.high_h * sizes.high_w
     empty = not maps.loss.numel()
     grid = (plan.parts, sizes.images)
-    tiles = {"block": plan.block, "aligned": pixels % 16 == 0, **options(4)}
+    tiles = {"block": plan.block, **options(4)}
     if rule.min_kept and not empty:
         floor.find(maps, state, grid, tiles, pixels, rule)
     sums = maps.loss.new_empty(2, grid[0] * grid[1])
@@ -135,7 +135,7 @@ class Selection(NamedTuple):
 
 @kernel(
     *("loss", "smooth_loss", "label_map", "digits", "found", "rank", "ties"),
-    *("counts", "sums", "numbers"),
+    *("counts", "sums", "numbers", "pixels"),
 )
 def _select(
     loss,
@@ -157,20 +157,22 @@ def _select(
     rule: tl.constexpr,
     bins: tl.constexpr,
     block: tl.constexpr,
-    aligned: tl.constexpr,
 ):
     # Decide what is kept, sum it, and replace each loss in place by the factor of its gradient.
     part, image = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(0)
-    if aligned:
-        pixels = tl.multiple_of(pixels, 16)
     first = image.to(tl.int64) * pixels
+    # Kept are the pixels above a value, and a share of each that is tied at it. Where the floor is
+    # not needed, that is the limit, at which none is kept.
+    kth = tl.cast(limit, tl.float32).to(tl.int32, bitcast=True)
+    share = 0.0
     if rule.pool == "batch" or rule.pool == "image":
         at = 2 * groups + (image if rule.pool == "image" else 0)
-        kth, slots, tied = descend(
+        found, slots, tied = descend(
             digits + at * bins, tl.load(found + at), tl.load(rank + at), 2, bins
         )
-        share = slots.to(tl.float32) / tl.maximum(tied, 1)
+        share = tl.where(found >= 0, slots.to(tl.float32) / tl.maximum(tied, 1), 0.0)
+        kth = tl.where(found >= 0, found, kth)
 
     total = tl.full([block], 0.0, tl.float32)
     divisor = tl.full([block], 0.0, tl.float32)
@@ -180,41 +182,43 @@ def _select(
         place = first + start + tl.arange(0, block)
         value = tl.load(loss + place, mask=inside, other=-1.0)
         valid = ~(value < 0)
-        keep = tl.where(valid & is_hard(value, limit), 1.0, 0.0)
         label = tl.load(label_map + place, mask=inside, other=-1)
-        if rule.pool is not None:
-            if rule.pool == "class":
-                at = 3 * groups + label
-                kth = tl.load(found + at, mask=valid, other=-1)
-                slots = tl.load(rank + at, mask=valid, other=0)
-                tied = tl.load(ties + label, mask=valid, other=1)
-                share = slots.to(tl.float32) / tl.maximum(tied, 1)
-            bits = rank_bits(value)
+        bits = rank_bits(value)
+        if rule.pool == "class":
+            at = 3 * groups + label
+            lowest = tl.load(found + at, mask=valid, other=-1)
+            slots = tl.load(rank + at, mask=valid, other=0).to(tl.float32)
+            tied = tl.load(ties + label, mask=valid, other=1)
             # Pixels tied at the k-th value share the places that are left of k.
-            chosen = tl.where(bits > kth, 1.0, tl.where(bits == kth, share, 0.0))
-            keep = tl.where(valid & (kth >= 0), tl.maximum(keep, chosen), keep)
+            keep = tl.where(bits == lowest, slots / tl.maximum(tied, 1), 0.0)
+            keep = tl.where(bits > tl.where(lowest >= 0, lowest, kth), 1.0, keep)
+        else:
+            keep = tl.where(bits > kth, 1.0, tl.where(bits == kth, share, 0.0))
         for i in tl.static_range(len(rule.always)):
-            keep = tl.where(valid & (label == rule.always[i]), 1.0, keep)
+            keep = tl.where(label == rule.always[i], 1.0, keep)
+        kept = valid & (keep > 0)
 
-        scale = tl.where(valid, 1.0, 0.0)
-        if rule.class_weight:
-            scale *= tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
-        if rule.weight:
-            scale *= tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
+        factor = keep
+        if rule.class_weight or rule.weight:
+            scale = tl.full([block], 1.0, tl.float32)
+            if rule.class_weight:
+                scale = tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
+            if rule.weight:
+                scale *= tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
+            factor *= scale
         if rule.smooth:
             value = tl.load(smooth_loss + place, mask=valid, other=0.0)
-        kept = keep > 0
-        total += tl.where(kept, value * scale * keep, 0.0)
+        total += tl.where(kept, value * factor, 0.0)
         if rule.over_kept:
-            divisor += tl.where(kept, keep * scale if rule.weighted else keep, 0.0)
+            divisor += tl.where(kept, factor if rule.weighted else keep, 0.0)
+        elif rule.weighted and (rule.class_weight or rule.weight):
+            divisor += tl.where(valid, scale, 0.0)
         else:
-            divisor += scale if rule.weighted else tl.where(valid, 1.0, 0.0)
+            divisor += tl.where(valid, 1.0, 0.0)
         num_valid += valid.to(tl.int32)
         # value - value is 0, or NaN where the loss is not finite, so that scalers see it.
-        factor = tl.where(kept, keep * scale + (value - value), 0.0)
-        tl.store(loss + place, factor, mask=inside)
-        label = tl.where(kept, label, -1)
-        tl.store(label_map + place, label, mask=inside)
+        tl.store(loss + place, tl.where(kept, factor + (value - value), 0.0), mask=inside)
+        tl.store(label_map + place, tl.where(kept, label, -1), mask=inside)
 
     slot = image * parts + part
     programs = parts * tl.num_programs(1)

@@ -38,12 +38,14 @@ SHAPES = {
 }
 ASSUMPTIONS = """\
 Nothing here was measured on a GPU. Float32 logits, int64 labels, hits counted. A multiprocessor
-issues 4 warp instructions a clock and starts 16 exponentials. Each map crosses the memory once, at
-the bandwidth of a copy; the backward pass reads its maps again for each tile of classes, from the
-L2 cache. A kernel takes the longest of the four, times 1.3 for the time that it waits (a latency
-model said 1.15 to 1.45), and 4.5 us for its launch. Every pixel is kept, which is the most that the
-backward pass can have to do. Floor idle: enough pixels are hard. Floor active: it is needed."""
-_WAITING = 1.3
+issues 4 warp instructions a clock and starts 16 exponentials; with w warps on a scheduler both take
+1 + 1.1 / w as long, for the time that all of them wait (fitted to a latency model, which said 1.3
+with four warps and 1.45 to 1.6 with two). Each map crosses the memory once, at the bandwidth of a
+copy; the backward pass reads its maps again for each tile of classes, from the L2 cache. A kernel
+takes the longest of the four, and 4.5 us for its launch. Every pixel is kept, which is the most
+that the backward pass can have to do. Floor idle: enough pixels are hard. Floor active: it is
+needed, and every pixel takes part in each of its steps."""
+_WAITING = 1.1
 _LAUNCH_US = 4.5
 # What each kernel moves through memory; a map that is read and written stands twice.
 _MOVED = {
@@ -119,8 +121,9 @@ def describe(
         own, exponentials = _turns(code.loops, _trips(launch, sizes, active), launch)
         issued = programs * warps * own
         rate = machine.processors * 4 * machine.clock * 1e3
-        times["issue"] = issued / rate
-        times["exponentials"] = programs * warps * exponentials * 8 / rate
+        slower = 1 + _WAITING / _resident(code.registers)
+        times["issue"] = slower * issued / rate
+        times["exponentials"] = slower * programs * warps * exponentials * 8 / rate
     bound = max(times, key=lambda name: times[name])
     hottest = None if code.loops is None else code.loops.hottest()
     return Row(
@@ -139,9 +142,14 @@ def describe(
         None if hottest is None else hottest.exponentials,
         None if issued is None else round(issued / 1e6, 2),
         round(moved / 1e6, 1),
-        None if issued is None else round(_WAITING * times[bound] + _LAUNCH_US, 1),
+        None if issued is None else round(times[bound] + _LAUNCH_US, 1),
         None if issued is None else bound,
     )
+
+
+def _resident(registers: int | None) -> int:
+    """Warps of a scheduler that fit its 16384 registers, which are given out 8 by 8."""
+    return min(16, 16384 // (32 * 8 * geometry.cdiv(max(registers or 0, 32), 8)))
 
 
 def _bytes(launch: Launch, sizes: geometry.Sizes, active: bool) -> tuple[float, float]:
@@ -174,7 +182,9 @@ def _trips(launch: Launch, sizes: geometry.Sizes, active: bool) -> list[float]:
     if launch.base == "forward":
         return [1 if sizes.full else max(1, scale_y / own["rows"]), sizes.classes]
     if launch.base == "backward":
-        return [own["walk"] + 1, scale_y, scale_x]
+        # Cell 0 also has the pixels before its first column, and its neighbours wait for it.
+        across = geometry.cdiv(sizes.low_w, own["cells"] - 1)
+        return [own["walk"] + 1, scale_y, scale_x * (1 + 0.5 / across)]
     if launch.base == "backward_full":
         return [sizes.classes]
     if launch.base == "count_digits" and not _runs(launch, active):
