@@ -152,8 +152,11 @@ FAULTS = [
     (OHEM, "custom_hooks = None", "could-be-fused"),
     (OHEM, head(DICE.format("OhemCrossEntropyLoss")), "not-fused"),
     (OHEM, head(REGION), ""),
-    (CE, loss("_delete_=True, type='ohem_mm.RegionLoss'") + FUSED, ""),
-    (CE, loss("_delete_=True, type='RegionLoss'") + NO_IMPORT, "not-imported"),
+    (CE, loss("_delete_=True, type='ohem_mm.RegionLoss'") + FUSED, "region-alone"),
+    (CE, loss("_delete_=True, type='RegionLoss'") + NO_IMPORT, "not-imported region-alone"),
+    (OHEM, head(REGION.replace("Loss')]", "Loss', kind='iou')]")), "bad-setting"),
+    (OHEM, head(REGION.replace("Loss')]", "Loss', classes='all')]")), "absent-classes"),
+    (OHEM, head(REGION.replace("Loss')]", "Loss', classes='all', smooth=1.0)]")), ""),
     (
         OHEM,
         "custom_hooks = [dict(type='FusedOhemHook'), dict(type='OhemScheduleHook')]",

@@ -273,6 +273,11 @@ def test_pools_and_absent_classes_by_hand():
     assert everything.item() == pytest.approx(1 - sum(dice["batch"]) / 3)
     images = region_loss(logits, target, pool="image")
     assert images.item() == pytest.approx(1 - (dice["image"][0][0] + dice["image"][1][1]) / 2)
+    # An image without a valid pixel takes no part in the mean over images.
+    longer = torch.cat([logits, logits[:1]]), torch.tensor([[0], [1], [255]])
+    for classes in ("present", "all"):
+        fewer = region_loss(logits, target, pool="image", classes=classes)
+        assert torch.equal(region_loss(*longer, pool="image", classes=classes), fewer)
     both = region_loss(logits, target, pool="image", classes="all", smooth=0.5)
     scores = [1.9 / 2.2, 0.5 / 0.7, 0.5 / 0.6, 0.5 / 0.8, 1.7 / 2.1, 0.5 / 0.6]
     assert both.item() == pytest.approx(1 - sum(scores) / 6)

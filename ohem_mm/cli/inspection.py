@@ -143,6 +143,16 @@ FINDINGS = {
         "the ignored label {ignored} is one of the {num_classes} classes",
         "mark ignored pixels with 255",
     ),
+    "absent-classes": (
+        "warning",
+        "with classes='all' and smooth=0 a class that is absent costs 1, whatever is predicted",
+        "set smooth=1.0, or classes='present'",
+    ),
+    "region-alone": (
+        "note",
+        "an overlap loss alone gives no gradient to a class that is predicted nowhere",
+        f"put a cross-entropy beside it, such as {OURS} with thresh=None, min_kept=1.0",
+    ),
     "one-pixel": (
         "warning",
         "min_kept=1 is an int and means a single pixel",
@@ -395,6 +405,8 @@ class Inspector:
                 built[place] = self._read_ours(head, loss, row)
             elif row.loss == MMSEG:
                 self._read_mmseg(head, loss, row)
+            elif row.loss == RegionLoss.__name__:
+                built[place] = self._read_region(head, loss, row)
             elif cli.type_name(head.sampler) == SAMPLER:
                 self._read_sampler(head, loss, row)
             if head.places or head.asks_sampler:
@@ -471,6 +483,22 @@ class Inspector:
         elif rule.avg == "all" and row.mines == "yes":
             self._add("scaled-gradient", row.where, who="avg='all'")
         return ours
+
+    def _read_region(self, head: Head, loss: Any, row: Row) -> RegionLoss | None:
+        try:
+            region = RegionLoss(
+                **{key: loss[key] for key in loss if key not in ("type", "_scope_")}
+            )
+        except (TypeError, ValueError, OSError, ImportError) as error:
+            self._inert("bad-setting", row, problem=str(error).rstrip("."))
+            return None
+        if head.channels == 1 and not region.use_sigmoid:
+            self._inert("one-channel", row)
+        if region.rule.classes == "all" and not region.rule.smooth:
+            self._add("absent-classes", row.where)
+        if len(head.losses) == 1:
+            self._add("region-alone", row.where)
+        return region
 
     def _read_mmseg(self, head: Head, loss: Any, row: Row) -> None:
         row.rule, row.mines, row.pool, row.divisor = MMSEG, "yes", "batch", "kept pixels"
@@ -598,7 +626,10 @@ class Inspector:
         # The hook's own decision, on a head that has nothing but what the decision looks at.
         bare = nn.Module.__new__(head.cls)
         nn.Module.__init__(bare)
-        losses = [built.get(place) or _stand_in(loss) for place, loss in head.losses.items()]
+        losses = [
+            built.get(place) or type(cli.type_name(loss), (nn.Module,), {})()
+            for place, loss in head.losses.items()
+        ]
         bare.loss_decode = nn.ModuleList(losses)
         sampler = type(cli.type_name(head.sampler), (nn.Module,), {}) if head.sampler else None
         bare.sampler = sampler() if sampler else None
@@ -756,18 +787,6 @@ def _class_of(registry: Any, node: Any, cfg: Any) -> Any:
             return scoped.get(kind)
     except (ImportError, RuntimeError, KeyError):
         return None
-
-
-def _stand_in(node: Any) -> nn.Module:
-    """A loss as the fused hook sees it: RegionLoss as it is, any other by its name alone."""
-    kind = cli.type_name(node)
-    if kind == RegionLoss.__name__:
-        try:
-            return RegionLoss(**{key: node[key] for key in node if key not in ("type", "_scope_")})
-        except (TypeError, ValueError):
-            pass  # it cannot be built, and the tools say so
-    stand_in: nn.Module = type(kind, (nn.Module,), {})()
-    return stand_in
 
 
 def _setting(node: Any, cls: Any, name: str, fallback: Any) -> Any:
