@@ -1,7 +1,7 @@
 """A fault campaign: training and benchmarks are ended at random moments, and must lose nothing.
 
     python tests/faults.py run training FOLDER        # 80 faults
-    python tests/faults.py run benchmark FOLDER       # 32 faults
+    python tests/faults.py run benchmark FOLDER       # 28 faults
     python tests/faults.py table FOLDER --write docs/faults.json
 
 A fault is a signal (SIGKILL, SIGTERM, SIGINT) or a full disk, sent at a moment: while the program
@@ -48,7 +48,7 @@ from ohem_mm.config import config_path
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OURS = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
 INTERVAL = 10  # iterations from checkpoint to checkpoint
-LENGTH = {"training": 90, "benchmark": 60}  # iterations of a run
+LENGTH = {"training": 90, "benchmark": 40}  # iterations of a run
 CHAIN = 4  # faults from the start of a work dir to its end
 OPTIONS = {
     "custom_imports.imports": ["ohem_mm", "ohem_mm.datasets", "slow_disk"],
@@ -61,6 +61,7 @@ OPTIONS = {
     "model.data_preprocessor.size": [48, 48],
     "train_cfg.val_interval": 1000,
     "train_dataloader.batch_size": 2,
+    "train_dataloader.dataset.num_scenes": 20,
     "train_dataloader.dataset.size": [48, 48],
     "val_dataloader.dataset.num_scenes": 2,
     "val_dataloader.dataset.size": [48, 48],
@@ -80,8 +81,8 @@ PLANS = {
         ("benchmark_miou.py", "training", KINDS, 2),
         ("benchmark_miou.py", "checkpoint", KINDS, 2),
         ("benchmark_miou.py", "record", KINDS, 2),
-        ("job", "training", SIGNALS[:2], 2),
-        ("job", "checkpoint", SIGNALS[:2], 2),
+        ("job", "training", SIGNALS[:2], 1),
+        ("job", "checkpoint", SIGNALS[:2], 1),
     ],
 }
 PATIENCE = 300  # seconds
