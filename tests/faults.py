@@ -85,6 +85,7 @@ PLANS = {
         ("job", "checkpoint", SIGNALS[:2], 1),
     ],
 }
+NEW = 0, 0, False, {}  # of a job that has not been started
 PATIENCE = 300  # seconds
 
 
@@ -118,10 +119,29 @@ def whole(folder: Path) -> int:
     return 0
 
 
-def torn(folder: Path) -> bool:
-    """Whether a checkpoint lies there that cannot be loaded."""
-    steps = [int(path.stem.split("_")[1]) for path in folder.glob("iter_*.pth")]
+def written(folder: Path) -> dict[str, int]:
+    """The checkpoints and when they were written, in ns; a torn one may be written again."""
+    found = {}
+    for path in folder.glob("iter_*.pth"):
+        with contextlib.suppress(FileNotFoundError):  # old ones are deleted
+            found[path.name] = path.stat().st_mtime_ns
+    return found
+
+
+def torn(folder: Path, before: dict[str, int]) -> bool:
+    """Whether a checkpoint was written since then that cannot be loaded."""
+    steps = [
+        int(re.findall(r"\d+", name)[0])
+        for name, moment in written(folder).items()
+        if before.get(name) != moment
+    ]
     return max(steps, default=0) > whole(folder)
+
+
+def changes(path: Path) -> Callable[[], bool]:
+    """A test whether a file has been written since now."""
+    before = path.stat().st_mtime_ns if path.is_file() else None
+    return lambda: path.is_file() and path.stat().st_mtime_ns != before
 
 
 def iterations(log: str) -> list[int]:
@@ -361,8 +381,8 @@ class Training(Chain):
         self.work = self.folder / "work"
         self.workers = self.rng.random() < 0.5
 
-    def snapshot(self) -> int:
-        return whole(self.work)
+    def snapshot(self) -> tuple[int, dict[str, int]]:
+        return whole(self.work), written(self.work)
 
     def at(self, target: str, moment: str) -> Callable[[], bool]:
         newest = whole(self.work)
@@ -373,12 +393,13 @@ class Training(Chain):
             goal = newest + self.rng.randint(1, 2 * INTERVAL)
             return lambda: goal in iterations(self.output())
         goal = newest + INTERVAL * self.rng.randint(1, 2)
-        return (self.work / f"iter_{goal}.pth").exists
+        return changes(self.work / f"iter_{goal}.pth")
 
-    def check(self, before: int) -> dict[str, Any]:
-        text, broken, left = self.output(), torn(self.work), whole(self.work)
-        repeated = check_resume(text, before, left)
-        return {"iteration": max(iterations(text), default=before), "torn": broken,
+    def check(self, before: tuple[int, dict[str, int]]) -> dict[str, Any]:
+        newest, files = before
+        text, broken, left = self.output(), torn(self.work, files), whole(self.work)
+        repeated = check_resume(text, newest, left)
+        return {"iteration": max(iterations(text), default=newest), "torn": broken,
                 "repeated": repeated, "record": False}  # fmt: skip
 
     def finished(self) -> None:
@@ -439,7 +460,12 @@ class Benchmark(Chain):
         return {
             "records": parsed(self.records),
             "jobs": {
-                name: (whole(path), size(path / "job.log"), self.has_finished(path))
+                name: (
+                    whole(path),
+                    size(path / "job.log"),
+                    self.has_finished(path),
+                    written(path),
+                )
                 for name, path in self.places().items()
             },
         }
@@ -456,7 +482,7 @@ class Benchmark(Chain):
 
         def come() -> bool:
             for name, path in self.places().items():
-                newest, start, finished = before["jobs"].get(name, (0, 0, False))
+                newest, start, finished, files = before["jobs"].get(name, NEW)
                 self.hit = name
                 if moment == "record":
                     if not finished and self.has_finished(path):
@@ -464,7 +490,7 @@ class Benchmark(Chain):
                 elif moment == "training":
                     if newest + share in iterations(read(path / "job.log", start)):
                         return True
-                elif (path / f"iter_{newest + steps}.pth").exists():
+                elif written(path).get(goal := f"iter_{newest + steps}.pth") != files.get(goal):
                     return True
             return False
 
@@ -477,7 +503,7 @@ class Benchmark(Chain):
                 raise LostError(f"the record of {key} is gone")
         broken, repeated = False, 0
         for name, path in self.places().items():
-            newest, start, finished = before["jobs"].get(name, (0, 0, False))
+            newest, start, finished, files = before["jobs"].get(name, NEW)
             text = read(path / "job.log", start)
             if finished or (name, 0) in before["records"]:
                 if text:
@@ -487,7 +513,7 @@ class Benchmark(Chain):
                 left = LENGTH["benchmark"]
             else:
                 left = whole(path)
-                broken |= torn(path)
+                broken |= torn(path, files)
             repeated = max(repeated, check_resume(text, newest, left))
         return {"iteration": None, "torn": broken, "repeated": repeated,
                 "record": len(after["records"]) > len(before["records"])}  # fmt: skip

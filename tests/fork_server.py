@@ -68,11 +68,13 @@ class ForkServer:
 def serve() -> dict:
     """Answer requests; return in each child, with what it has to run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    children = set()
     # The client waits for each answer, so a child never holds a request that was read ahead.
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "poll" in request:
             found, status = os.waitpid(request["poll"], os.WNOHANG)
+            children.discard(found)
             print(json.dumps(os.waitstatus_to_exitcode(status) if found else None), flush=True)
             continue
         ready, told = os.pipe()
@@ -86,6 +88,9 @@ def serve() -> dict:
         os.read(ready, 1)  # ends when the child has closed its side: it has its session now
         os.close(ready)
         print(json.dumps(pid), flush=True)
+        children.add(pid)
+    for pid in children:  # the client is gone
+        os.killpg(pid, signal.SIGKILL)
     sys.exit()
 
 
