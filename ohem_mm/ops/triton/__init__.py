@@ -23,8 +23,6 @@ from .trial import UndecidedError
 
 __all__ = ["UndecidedError", "available", "ohem", "refusal", "trial"]
 
-# Releases of Triton before this one do not compile these kernels.
-_OLDEST = (3, 4)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -42,8 +40,6 @@ def available(logits: Tensor) -> bool:
         return False
     if not isinstance(forward._forward, triton.JITFunction):
         return True
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
-        return False
     return logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (8, 0)
 
 

@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+# Older releases of Triton do not compile these kernels, or not even read them.
+OLDEST = (3, 4)
+
 try:
     import triton
     import triton.language as tl
 except ImportError:
     triton = tl = None
+else:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        triton = tl = None
 
 __all__ = ["tl", "triton"]
 
@@ -87,9 +93,8 @@ def kernel(*aligned: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-if tl is not None:
-    LOG2_E = tl.constexpr(1.4426950408889634)
-    LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = 1.4426950408889634 if tl is None else tl.constexpr(1.4426950408889634)
+LN_2 = 0.6931471805599453 if tl is None else tl.constexpr(0.6931471805599453)
 
 
 @jit
