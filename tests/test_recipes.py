@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy
 
@@ -161,9 +162,12 @@ def test_lightning_two_processes_are_one(tmp_path):
         torch.randn(3, 32, 32), torch.randint(0, 5, (32, 32))
     model = names["Segmenter"]()
     optimizer = model.configure_optimizers()
-    for first in (0, 4):
-        images = torch.stack([image for image, _ in data[first : first + 4]])
-        labels = torch.stack([label for _, label in data[first : first + 4]])
+    # Lightning shuffles by its seed; each rank takes every other image.
+    order = [list(DistributedSampler(data, 2, rank, seed=0)) for rank in range(2)]
+    for first in (0, 2):
+        batch = [data[i] for rank in order for i in rank[first : first + 2]]
+        images = torch.stack([image for image, _ in batch])
+        labels = torch.stack([label for _, label in batch])
         loss = ohem_cross_entropy(model.net(images), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -511,6 +511,9 @@ def test_autocast_reaches_neither_pass(backend):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace reads of os.environ"
+)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_without_graph_breaks(compiler):
     logits, target = batch(9)
