@@ -852,6 +852,21 @@ def test_a_pair_takes_two_passes_where_it_can(monkeypatch, second, passes):
     assert len(calls) == passes
 
 
+def test_a_loss_of_other_pixels_takes_no_part_in_the_common_pass():
+    logits, target = batch(2, dtype=torch.float64)
+    target[target == 255] = 3
+    losses = [
+        OhemCrossEntropyLoss(ignore_index=3),
+        RegionLoss(ignore_index=3),
+        RegionLoss(ignore_index=2),
+        OhemCrossEntropyLoss(ignore_index=2),
+    ]
+    together = joint_losses(losses, logits, target)
+    apart = [loss(logits, target) for loss in losses]
+    torch.testing.assert_close(together, apart)
+    assert not torch.isclose(apart[1], apart[2])
+
+
 def test_joint_losses_with_nothing_valid_or_not_finite(backend):
     losses = [OhemCrossEntropyLoss(), RegionLoss()]
     logits = torch.full((2, 3, 4, 4), math.nan, requires_grad=True)
