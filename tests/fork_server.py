@@ -8,6 +8,7 @@ Only the start differs from ``python SCRIPT``: a child has a session of its own,
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -99,6 +100,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         for module in sys.argv[1:]:
             importlib.import_module(module)
+    gc.freeze()  # a child need not look through what was imported here when it ends
     request = serve()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
