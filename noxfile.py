@@ -12,7 +12,7 @@ nox.options.sessions = ["core", "recipes", "siblings"]
 OLDEST = ["torch==2.4.0", "numpy==1.26.4"]
 CORE = [  # need torch alone
     *("loss", "mining", "presets", "world"),
-    *("region", "region_presets", "pytorch"),
+    *("region", "region_presets", "ops", "compile", "pytorch"),
 ]
 INSIDE = ["openmmlab", "heads", "hooks", "monitor", "schedule", "optim"]  # need mmengine and mmseg
 RECIPES = [
