@@ -120,6 +120,9 @@ def test_data_parallel(kind, settings):
         assert value.isfinite().all()
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace reads of os.environ"
+)
 @every_loss
 def test_export(kind, settings):
     model = Step(kind(**settings))
