@@ -24,7 +24,6 @@ from .inner import (
     count,
     is_hard,
     kernel,
-    log1p,
     options,
     sigmoid_step,
     softmax_step,
@@ -221,10 +220,11 @@ def _forward(
         if kind.sigmoid:
             pixel = tl.where(known, rest, float("nan"))
         else:
-            log_rest = log1p(rest)
+            # Easy pixels round to 0 here as they do in the other paths, which then mine alike.
+            log_rest = tl.log2(1.0 + rest)
             log_rest = tl.where(best == float("inf"), float("nan"), log_rest)
-            pixel = (best - true_z) * LN_2 + log_rest
-            tl.store(normaliser + tile + place, best + log_rest * LOG2_E, mask=inside)
+            pixel = (best - true_z + log_rest) * LN_2
+            tl.store(normaliser + tile + place, best + log_rest, mask=inside)
         # Below 0 means ignored, from here on.
         tl.store(loss + tile + place, tl.where(valid, pixel, -1.0), mask=inside)
         kept_label = tl.where(valid, tl.maximum(label, 0), -1)
