@@ -37,13 +37,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
 from fork_server import ForkServer
 
 from ohem_mm.config import config_path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OURS = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
@@ -85,6 +84,10 @@ PLANS = {
         ("job", "checkpoint", SIGNALS[:2], 1),
     ],
 }
+PRELOADED = (
+    "ohem_mm.cli.inspection", "ohem_mm.cli.labels", "mmseg.apis", "ohem_mm.datasets",
+    "ohem_mm.bench.jobs", "ohem_mm.bench.plots",
+)  # fmt: skip
 NEW = 0, 0, False, {}  # of a job that has not been started
 PATIENCE = 300  # seconds
 
@@ -315,9 +318,9 @@ class Chain:
         self.disk.free()
         found = self.check(before)
         if kind == "full disk":
-            if self.code == 0 and moment != "start":
+            if self.code == 0:
                 return None  # nothing was left to write
-            if self.code != 0 and "the disk is full (" not in self.output():
+            if "the disk is full (" not in self.output():
                 raise LostError(f"exit code {self.code} and no sentence at a full disk")
         return found
 
@@ -530,7 +533,7 @@ class Benchmark(Chain):
 
 
 def run_chain(
-    kind: type[Chain], faults: list[tuple[str, str, str]], make: Callable[[], Chain]
+    faults: list[tuple[str, str, str]], make: Callable[[], Chain]
 ) -> Iterator[dict[str, Any]]:
     """Inject faults one after the other; yield what is found of each."""
     chain = make()
@@ -564,11 +567,7 @@ def run(part: str, folder: Path, seed: int, limit: int | None) -> list[dict[str,
     if not disk.can_fill:
         print("no tmpfs can be mounted here: full disks are left out", flush=True)
     try:
-        with ForkServer(
-            ["ohem_mm.cli.inspection", "ohem_mm.cli.labels", "mmseg.apis", "ohem_mm.datasets"]
-            + ["ohem_mm.bench.jobs", "ohem_mm.bench.plots"],
-            [ROOT, ROOT / "tests"],
-        ) as server:
+        with ForkServer(PRELOADED, [ROOT, ROOT / "tests"]) as server:
             for number, faults in enumerate(plan(part, seed, disk.can_fill, limit)):
                 if any(line["chain"] == number for line in done):
                     continue
@@ -576,7 +575,7 @@ def run(part: str, folder: Path, seed: int, limit: int | None) -> list[dict[str,
                 log = folder / f"{part}-{number}.log"
                 lines = []
                 for line in run_chain(
-                    kind, faults, lambda log=log, rng=rng: kind(server, disk, log, rng)
+                    faults, lambda log=log, rng=rng: kind(server, disk, log, rng)
                 ):
                     lines.append({"seed": seed, "part": part, "chain": number, **line})
                     print(time.strftime("%H:%M:%S"), json.dumps(lines[-1]), flush=True)
@@ -622,18 +621,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     words = {"start": "starting", "training": "training", "checkpoint": "writing a checkpoint",
              "record": "writing a record"}  # fmt: skip
     for row in rows:
+        hit = f"`{row['target']}`" if "." in row["target"] else "a job of the benchmark"
         kinds = [row[kind] for kind in KINDS]
+        repeated = f"at most {row['most repeated']}"
         lines.append(
-            [f"`{row['target']}`" if "." in row["target"] else "a job of the benchmark"]
-            + [words[row["moment"]], *kinds, sum(kinds), row["torn"]]
-            + [f"at most {row['most repeated']}", row["lost"]]
+            [hit, words[row["moment"]], *kinds, sum(kinds), row["torn"], repeated, row["lost"]]
         )
     kinds = [sum(row[kind] for row in rows) for kind in KINDS]
-    lines.append(
-        ["all", "", *kinds, sum(kinds), sum(row["torn"] for row in rows)]
-        + [f"at most {max(row['most repeated'] for row in rows)}"]
-        + [sum(row["lost"] for row in rows)]
-    )
+    repeated = f"at most {max(row['most repeated'] for row in rows)}"
+    torn, lost = (sum(row[key] for row in rows) for key in ("torn", "lost"))
+    lines.append(["all", "", *kinds, sum(kinds), torn, repeated, lost])
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
