@@ -2,7 +2,7 @@
 
     python tests/faults.py run training FOLDER        # 80 faults
     python tests/faults.py run benchmark FOLDER       # 28 faults
-    python tests/faults.py table FOLDER --write docs/faults.json
+    python tests/faults.py table FOLDER --write
 
 A fault is a signal (SIGKILL, SIGTERM, SIGINT) or a full disk, sent at a moment: while the program
 starts, at a random iteration, while a checkpoint is being written (by ``slow_disk.py``, so that the
@@ -40,9 +40,11 @@ from typing import Any
 import torch
 from fork_server import ForkServer
 
+from ohem_mm.bench import report
 from ohem_mm.config import config_path
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OURS = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
@@ -635,19 +637,38 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what took part."""
+    """Of what took part; the commit is the last one that changed the package or its tools."""
     import mmengine
     import mmseg
 
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    ).stdout.strip()  # fmt: skip
+        ["git", "log", "-1", "--format=%h", "--", "ohem_mm", "tools"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     return {
-        "commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-        "mmengine": mmengine.__version__, "mmseg": mmseg.__version__,
+        "commit": commit,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "mmengine": mmengine.__version__,
+        "mmseg": mmseg.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-    }  # fmt: skip
+    }
+
+
+def block(record: dict[str, Any], table: str) -> str:
+    """What the page says of a record."""
+    words = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"\n{table}\nRun with {words}.\n\n"
+
+
+def publish(name: str, rows: list[dict[str, Any]], table: str) -> None:
+    """Write the record ``docs/NAME.json``, and put it into the page."""
+    record = {"versions": versions(), "rows": rows}
+    (DOCS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    report.write(DOCS / "faults.md", name, block(record, table))
 
 
 def main() -> int:
@@ -661,7 +682,7 @@ def main() -> int:
     command.add_argument("--chains", type=int, help=f"only so many, of {CHAIN} faults each")
     command = commands.add_parser("table", help="print the counts")
     command.add_argument("folder", type=Path)
-    command.add_argument("--write", type=Path, help="put counts and versions in this JSON file")
+    command.add_argument("--write", action="store_true", help="and put them into docs/")
     args = parser.parse_args()
     folder = args.folder.resolve()
     if args.command == "run":
@@ -671,7 +692,7 @@ def main() -> int:
         lines = [json.loads(line) for file in files for line in read(file).splitlines()]
     rows = summary(lines)
     if args.command == "table" and args.write:
-        args.write.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+        publish("faults", rows, markdown(rows))
     print(markdown(rows), end="")
     return 1 if any(row["lost"] for row in rows) else 0
 
