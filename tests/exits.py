@@ -1,6 +1,6 @@
 """Runs of two processes of which one leaves late: how many die at their exit.
 
-    python tests/exits.py FOLDER --runs 100 --write docs/exits.json
+    python tests/exits.py FOLDER --write
 
 A plain torch script is the control; the same work under ``ohem_mm.cli.run``, in which train.py and
 test.py end, is ours. Which process is late, and by how much, is drawn. Stop it when you like: it
@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from faults import ROOT, read, versions
+from faults import ROOT, publish, read
 from fork_server import ForkServer
 
 SCRIPT = Path(__file__).with_name("late_rank.py")
@@ -113,11 +113,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=100, help="of each side (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="put counts and versions in this JSON file")
+    parser.add_argument("--write", action="store_true", help="put the counts into docs/")
     args = parser.parse_args()
     rows = summary(run(args.folder.resolve(), args.runs, args.seed))
     if args.write:
-        args.write.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+        publish("exits", rows, markdown(rows))
     print(markdown(rows), end="")
     ours = rows[1]
     return 1 if ours["died"] or ours["worked"] < ours["runs"] else 0

@@ -2,7 +2,7 @@
 
     python tests/faults.py run training FOLDER        # 80 faults
     python tests/faults.py run benchmark FOLDER       # 28 faults
-    python tests/faults.py table FOLDER --write docs/faults.json
+    python tests/faults.py table FOLDER --write
 
 A fault is a signal (SIGKILL, SIGTERM, SIGINT) or a full disk, sent at a moment: while the program
 starts, at a random iteration, while a checkpoint is being written (by ``slow_disk.py``, so that the
@@ -37,13 +37,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
 from fork_server import ForkServer
 
+from ohem_mm.bench import report
 from ohem_mm.config import config_path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OURS = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
@@ -85,6 +86,10 @@ PLANS = {
         ("job", "checkpoint", SIGNALS[:2], 1),
     ],
 }
+PRELOADED = (
+    "ohem_mm.cli.inspection", "ohem_mm.cli.labels", "mmseg.apis", "ohem_mm.datasets",
+    "ohem_mm.bench.jobs", "ohem_mm.bench.plots",
+)  # fmt: skip
 NEW = 0, 0, False, {}  # of a job that has not been started
 PATIENCE = 300  # seconds
 
@@ -315,9 +320,9 @@ class Chain:
         self.disk.free()
         found = self.check(before)
         if kind == "full disk":
-            if self.code == 0 and moment != "start":
+            if self.code == 0:
                 return None  # nothing was left to write
-            if self.code != 0 and "the disk is full (" not in self.output():
+            if "the disk is full (" not in self.output():
                 raise LostError(f"exit code {self.code} and no sentence at a full disk")
         return found
 
@@ -530,7 +535,7 @@ class Benchmark(Chain):
 
 
 def run_chain(
-    kind: type[Chain], faults: list[tuple[str, str, str]], make: Callable[[], Chain]
+    faults: list[tuple[str, str, str]], make: Callable[[], Chain]
 ) -> Iterator[dict[str, Any]]:
     """Inject faults one after the other; yield what is found of each."""
     chain = make()
@@ -564,11 +569,7 @@ def run(part: str, folder: Path, seed: int, limit: int | None) -> list[dict[str,
     if not disk.can_fill:
         print("no tmpfs can be mounted here: full disks are left out", flush=True)
     try:
-        with ForkServer(
-            ["ohem_mm.cli.inspection", "ohem_mm.cli.labels", "mmseg.apis", "ohem_mm.datasets"]
-            + ["ohem_mm.bench.jobs", "ohem_mm.bench.plots"],
-            [ROOT, ROOT / "tests"],
-        ) as server:
+        with ForkServer(PRELOADED, [ROOT, ROOT / "tests"]) as server:
             for number, faults in enumerate(plan(part, seed, disk.can_fill, limit)):
                 if any(line["chain"] == number for line in done):
                     continue
@@ -576,7 +577,7 @@ def run(part: str, folder: Path, seed: int, limit: int | None) -> list[dict[str,
                 log = folder / f"{part}-{number}.log"
                 lines = []
                 for line in run_chain(
-                    kind, faults, lambda log=log, rng=rng: kind(server, disk, log, rng)
+                    faults, lambda log=log, rng=rng: kind(server, disk, log, rng)
                 ):
                     lines.append({"seed": seed, "part": part, "chain": number, **line})
                     print(time.strftime("%H:%M:%S"), json.dumps(lines[-1]), flush=True)
@@ -622,35 +623,52 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     words = {"start": "starting", "training": "training", "checkpoint": "writing a checkpoint",
              "record": "writing a record"}  # fmt: skip
     for row in rows:
+        hit = f"`{row['target']}`" if "." in row["target"] else "a job of the benchmark"
         kinds = [row[kind] for kind in KINDS]
+        repeated = f"at most {row['most repeated']}"
         lines.append(
-            [f"`{row['target']}`" if "." in row["target"] else "a job of the benchmark"]
-            + [words[row["moment"]], *kinds, sum(kinds), row["torn"]]
-            + [f"at most {row['most repeated']}", row["lost"]]
+            [hit, words[row["moment"]], *kinds, sum(kinds), row["torn"], repeated, row["lost"]]
         )
     kinds = [sum(row[kind] for row in rows) for kind in KINDS]
-    lines.append(
-        ["all", "", *kinds, sum(kinds), sum(row["torn"] for row in rows)]
-        + [f"at most {max(row['most repeated'] for row in rows)}"]
-        + [sum(row["lost"] for row in rows)]
-    )
+    repeated = f"at most {max(row['most repeated'] for row in rows)}"
+    torn, lost = (sum(row[key] for row in rows) for key in ("torn", "lost"))
+    lines.append(["all", "", *kinds, sum(kinds), torn, repeated, lost])
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def versions() -> dict[str, str]:
-    """Of what took part."""
+    """Of what took part; the commit is the last one that changed the package or its tools."""
     import mmengine
     import mmseg
 
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    ).stdout.strip()  # fmt: skip
+        ["git", "log", "-1", "--format=%h", "--", "ohem_mm", "tools"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     return {
-        "commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-        "mmengine": mmengine.__version__, "mmseg": mmseg.__version__,
+        "commit": commit,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "mmengine": mmengine.__version__,
+        "mmseg": mmseg.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-    }  # fmt: skip
+    }
+
+
+def block(record: dict[str, Any], table: str) -> str:
+    """What the page says of a record."""
+    words = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"\n{table}\nRun with {words}.\n\n"
+
+
+def publish(name: str, rows: list[dict[str, Any]], table: str) -> None:
+    """Write the record ``docs/NAME.json``, and put it into the page."""
+    record = {"versions": versions(), "rows": rows}
+    (DOCS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    report.write(DOCS / "faults.md", name, block(record, table))
 
 
 def main() -> int:
@@ -664,7 +682,7 @@ def main() -> int:
     command.add_argument("--chains", type=int, help=f"only so many, of {CHAIN} faults each")
     command = commands.add_parser("table", help="print the counts")
     command.add_argument("folder", type=Path)
-    command.add_argument("--write", type=Path, help="put counts and versions in this JSON file")
+    command.add_argument("--write", action="store_true", help="and put them into docs/")
     args = parser.parse_args()
     folder = args.folder.resolve()
     if args.command == "run":
@@ -674,7 +692,7 @@ def main() -> int:
         lines = [json.loads(line) for file in files for line in read(file).splitlines()]
     rows = summary(lines)
     if args.command == "table" and args.write:
-        args.write.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+        publish("faults", rows, markdown(rows))
     print(markdown(rows), end="")
     return 1 if any(row["lost"] for row in rows) else 0
 
