@@ -36,7 +36,7 @@ BACKENDS = ("portable", "triton", "eager")
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
+def choose_backend(logits: Tensor, use_sigmoid: bool = False, sums: bool = False) -> str:
     """The implementation to use for these logits.
 
     ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
@@ -49,6 +49,7 @@ def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
     Args:
         logits: Shape (N, C, ...).
         use_sigmoid: Whether the loss is binary cross-entropy.
+        sums: Whether it is for :func:`class_sums`, which has kernels and a trial of its own.
 
     Returns:
         A name out of ``BACKENDS``.
@@ -73,7 +74,8 @@ def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
         trouble = None  # a trial would end the capture; the warm-up before it was one
     else:
         try:
-            trouble = _trial(logits.device, logits.dtype, logits.shape[1], use_sigmoid)
+            what = (logits.device, logits.dtype, logits.shape[1])
+            trouble = _sums_trial(*what) if sums else _trial(*what, use_sigmoid)
         except triton.UndecidedError as error:
             trouble = str(error)  # not remembered: the next call tries again
     if trouble:
@@ -85,6 +87,11 @@ def choose_backend(logits: Tensor, use_sigmoid: bool = False) -> str:
 @cache
 def _trial(device: torch.device, dtype: torch.dtype, channels: int, sigmoid: bool) -> str | None:
     return triton.trial(device, dtype, channels, sigmoid)
+
+
+@cache
+def _sums_trial(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    return triton.sums_trial(device, dtype, channels)
 
 
 @cache
@@ -151,6 +158,7 @@ def class_sums(
     weight: Tensor | None,
     overlap: Overlap,
     *,
+    ignore_index: int,
     align_corners: bool = False,
     count_hits: bool = False,
 ) -> tuple[Sums, Tensor | None]:
@@ -166,6 +174,7 @@ def class_sums(
         valid: As there.
         weight: Weight of each pixel, shape (N, ...), or None.
         overlap: Which sums.
+        ignore_index: Label of the pixels that are not valid.
         align_corners: As in ``torch.nn.functional.interpolate``.
         count_hits: Count the pixels that are classified correctly.
 
@@ -173,7 +182,20 @@ def class_sums(
         The sums, whose groups are the images; and ``hits`` as :func:`pixel_cross_entropy` returns
         it.
     """
-    if choose_backend(logits, overlap.use_sigmoid) != "eager":  # triton has no kernel for them yet
+    backend = choose_backend(logits, overlap.use_sigmoid, sums=True)
+    size = (target.shape[1], target.shape[2]) if target.dim() == 3 else None
+    if backend == "triton" and size and not triton.region_refusal(logits, size, weight, overlap):
+        return triton.class_sums(
+            logits,
+            target,
+            weight,
+            overlap,
+            ignore_index=ignore_index,
+            size=size,
+            align_corners=align_corners,
+            with_hits=count_hits,
+        )
+    if backend != "eager":
         return banded_class_sums(
             logits,
             target,
