@@ -858,6 +858,31 @@ def test_ranks_leave_together():
             assert out.startswith(f"rank {number} is done at ")
 
 
+ALONE = """
+import sys
+import torch
+import torch.distributed as dist
+from ohem_mm import cli, ohem_cross_entropy
+
+def main():
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+    torch.set_num_threads(2)
+    logits = torch.randn(2, 3, 64, 64, requires_grad=True)
+    ohem_cross_entropy(logits, torch.zeros(2, 128, 128, dtype=torch.long)).backward()
+    print("done")
+
+sys.exit(cli.run(main))
+"""
+
+
+def test_a_gloo_run_ends_though_the_loss_keeps_threads(tmp_path):
+    # The row bands of the loss are worked on by a pool, whose threads wait for more work.
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
 def test_the_end_of_a_gloo_run(monkeypatch, capsys):
     """In this order: wait for the others, leave the group, clean up, end without C++'s clean-up."""
     calls = []
@@ -867,8 +892,10 @@ def test_the_end_of_a_gloo_run(monkeypatch, capsys):
     monkeypatch.setattr(process.atexit, "_run_exitfuncs", lambda: calls.append("clean up"))
     monkeypatch.setattr(process.os, "_exit", lambda code: calls.append(code))
     monkeypatch.setattr(process.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(process.pools, "_python_exit", lambda: calls.append("end pools"))
+    monkeypatch.setattr(process.threading, "enumerate", list)
     cli.run(lambda: calls.append("work"))
-    assert calls == ["work", "barrier", "destroy_process_group", "clean up", 0]
+    assert calls == ["work", "barrier", "destroy_process_group", "end pools", "clean up", 0]
     calls.clear()
     monkeypatch.setattr(process.dist, "get_backend", lambda: "nccl")
     assert cli.run(lambda: calls.append("work")) == 0

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import thread as pools
 from pickle import UnpicklingError
 from typing import Any
 
@@ -66,6 +67,7 @@ def _leave_together() -> None:
     dist.destroy_process_group()
     if "gloo" not in backend:
         return
+    pools._python_exit()  # their idle threads would wait for work for ever
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
