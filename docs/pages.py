@@ -10,7 +10,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 SHOWN = [
-    *("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md", "docs/*.md", "docs/images/*"),
+    *("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md"),
+    *("docs/*.md", "docs/*.json", "docs/images/*"),
     *("configs/README.md", "configs/*/*.md", "configs/*/*.py", "configs/*/*.yaml"),
     *("configs/*/plots/*", "tools/benchmarks/*", "ohem_mm/*.py"),
 ]
