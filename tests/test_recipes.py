@@ -117,9 +117,9 @@ def test_transformers_gradient_is_the_mean_over_the_accumulated_batches(tmp_path
 
 
 def test_segmentation_models_pytorch(tmp_path, monkeypatch, calls):
+    names = run("segmentation_models_pytorch", tmp_path, monkeypatch)
     import segmentation_models_pytorch as smp
 
-    names = run("segmentation_models_pytorch", tmp_path, monkeypatch)
     assert [logits.shape[-1] for _, logits, *_ in calls] == [16, 16, 16, 64]
     assert calls[2][3] < calls[0][3]
     # The loss of the small logits is the loss of smp's own, upsampled ones.
