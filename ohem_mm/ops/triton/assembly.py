@@ -136,7 +136,7 @@ def launches(
     with (
         record() as found,
         mock.patch.object(package, "available", return_value=True),
-        mock.patch.object(package.passes, "_processors", return_value=processors),
+        mock.patch.object(package.passes, "processors", return_value=processors),
     ):
         loss, *_ = package.ohem(
             logits, target, scale, rule=rule or OhemRule(), size=(height, width), **chosen
