@@ -156,37 +156,6 @@ def test_all_ignored_is_a_connected_zero():
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_compiler_takes_every_kernel(tmp_path, monkeypatch, capability):
-    assembly = pytest.importorskip("ohem_mm.ops.triton.assembly")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "available", lambda logits: True)
-    monkeypatch.setattr(kernels.passes, "processors", lambda device: 132)
-    launches = []
-    # One of each is enough on the older of the two.
-    cases = [(False, False, 64), (True, True, 8)] if capability == 90 else [(True, False, 64)]
-    for squared, weighted, low in cases:
-        logits = torch.empty(2, 19, low, low, device="meta", requires_grad=True)
-        target = torch.empty(2, 64, 64, dtype=torch.int64, device="meta")
-        weight = torch.empty(2, 64, 64, device="meta") if weighted else None
-        with assembly.record() as found:
-            sums, _ = kernels.class_sums(
-                logits,
-                target,
-                weight,
-                Overlap(squared=squared),
-                ignore_index=255,
-                align_corners=False,
-            )
-            (sums.intersection + sums.predicted).sum().backward()
-        assert [launch.base for launch in found[:3]] == ["forward", "sums", "slopes"]
-        launches += found
-    for launch in launches:
-        code = assembly.read(launch.compile(capability))
-        assert code.spills in (0, None), launch.name
-
-
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_no_row_of_cells_is_taller_than_the_bound(align_corners):
     for low in range(1, 9):
@@ -232,6 +201,24 @@ def test_the_loss_takes_them(monkeypatch):
         wanted = reference.region_loss(logits, target, **options)
         torch.testing.assert_close(value.cpu().double(), wanted.cpu(), rtol=1e-5, atol=1e-6)
     assert calls == [1]
+
+
+@runs
+def test_there_is_no_second_derivative():
+    logits, target = problem()
+    logits = logits.to(DEVICE).requires_grad_()
+    sums, _ = kernels.class_sums(
+        logits, target.to(DEVICE), None, Overlap(), ignore_index=255, align_corners=False
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(sums.predicted.sum(), logits, create_graph=True)
+
+
+@runs
+def test_no_image():
+    logits, target = torch.zeros(0, 3, 2, 2), torch.zeros(0, 4, 4, dtype=torch.int64)
+    loss, grad, hits = ours(logits, target, RegionRule())
+    assert (loss, hits, grad.shape) == (0, 0, logits.shape)
 
 
 @pytest.fixture

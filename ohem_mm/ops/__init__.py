@@ -106,11 +106,11 @@ def choose_backend(
     ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
     has to pass a trial on the device, whose verdict is kept for the process; the sums of overlap
     losses have kernels, a trial and a verdict of their own. ``portable`` works in bands of rows and
-    never holds the upsampled logits; it is the default for 2-D maps elsewhere.
-    Both are single operators in a compiled or exported model, for the cross-entropy. ``eager`` holds
-    the upsampled logits; it is the default for all other shapes and within transforms of
-    ``torch.func``. The environment variable ``OHEM_MM_BACKEND`` names the one that is wanted; where
-    it cannot work, one line is logged and another is used.
+    never holds the upsampled logits; it is the default for 2-D maps elsewhere. For cross-entropies,
+    both are single operators in a compiled or exported model. ``eager`` holds the upsampled logits;
+    it is the default for all other shapes and within transforms of ``torch.func``. The environment
+    variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work, one line is
+    logged and another is used.
 
     Args:
         logits: Shape (N, C, ...).
