@@ -215,7 +215,9 @@ def test_there_is_no_second_derivative():
 
 
 @runs
-def test_no_image():
+def test_no_image(monkeypatch):
+    empty = torch.Tensor.new_empty  # memory that somebody used before
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(7))
     logits, target = torch.zeros(0, 3, 2, 2), torch.zeros(0, 4, 4, dtype=torch.int64)
     loss, grad, hits = ours(logits, target, RegionRule())
     assert (loss, hits, grad.shape) == (0, 0, logits.shape)
@@ -252,6 +254,15 @@ def test_the_trial_finds_a_planted_fault(small_trial, name):
 
     found = trial.sums_trial(faulty, torch.device(DEVICE), torch.float32, 3)
     assert name in found
+
+
+@runs
+def test_the_trial_finds_weights_that_are_lost(small_trial):
+    def faulty(logits, target, weight, *args, **options):
+        return kernels.class_sums(logits, target, None, *args, **options)
+
+    found = trial.sums_trial(faulty, torch.device(DEVICE), torch.float32, 3)
+    assert "squares with weights" in found
 
 
 @runs

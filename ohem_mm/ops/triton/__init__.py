@@ -304,7 +304,8 @@ class _ClassSums(torch.autograd.Function):
                 plan=plan,
             )
             sums = region.sums(logits, maps, weight, sizes, kind, plan)
-            hits = maps.counts[2].sum()
+            # Without a pixel nothing was launched, and nothing written there.
+            hits = maps.counts[2, : plan.programs if target.numel() else 0].sum()
         ctx.call = call
         ctx.save_for_backward(logits, maps.loss, maps.normaliser, maps.label, weight)
         ctx.mark_non_differentiable(sums[2], hits)

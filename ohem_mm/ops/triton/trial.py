@@ -104,7 +104,7 @@ def sums_trial(
         for low, squared in ((_LOW, False), (_LOW, True), (_SIZE, False)):
             trouble = _compare_sums(class_sums, device, dtype, channels, low, squared)
             if trouble:
-                return f"{trouble} ({'squares, ' if squared else ''}{low} to {_SIZE})"
+                return f"{trouble} ({'squares with weights, ' if squared else ''}{low} to {_SIZE})"
         return None
 
     return _hold(compare, device)
@@ -201,8 +201,12 @@ def _compare_sums(
     start = start.to(dtype)
     exact = start.double().requires_grad_()
     overlap = Overlap(squared=squared)
+    # Weights are a variant of the kernels, as squares are; one case has both.
+    weight = None
+    if squared:
+        weight = torch.linspace(0, 2, target.numel(), device="cpu").view(target.shape)
     expected, expected_hits = banded_class_sums(
-        exact, target, target != 255, None, overlap, count_hits=True
+        exact, target, target != 255, weight, overlap, count_hits=True
     )
     # Any function of the sums in which each of them has a share of its own.
     factors = torch.linspace(-1, 2, 2 * channels, dtype=torch.float64, device="cpu").view(2, -1)
@@ -216,7 +220,7 @@ def _compare_sums(
     sums, hits = class_sums(
         logits,
         target.to(device),
-        None,
+        None if weight is None else weight.to(device),
         overlap,
         ignore_index=255,
         align_corners=False,
