@@ -129,6 +129,7 @@ def region_loss(
             valid,
             weight,
             overlap,
+            ignore_index=ignore_index,
             align_corners=align_corners,
             count_hits=stats is not None,
         )

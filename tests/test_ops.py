@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops
-from ohem_mm.ops import Facts, choose_backend, decide
+from ohem_mm.ops import Facts, Overlap, choose_backend, decide
 from ohem_mm.rule import OhemRule
 
 GPU = Facts(on_gpu=True, verdict="")
@@ -79,6 +79,7 @@ class OnGpu(torch.Tensor):
 def gpu(monkeypatch, caplog):
     """A machine whose GPU Triton compiles for, as far as the dispatcher asks; yields its state."""
     state = {"capturing": False, "trouble": None, "asked": [], "trials": []}
+    state |= {"sums_trouble": None, "sums_trials": []}
 
     class Device:
         def __init__(self, device):
@@ -96,11 +97,16 @@ def gpu(monkeypatch, caplog):
             raise state["trouble"]
         return state["trouble"]
 
+    def sums_trial(*kind):
+        state["sums_trials"].append(kind)
+        return state["sums_trouble"]
+
     monkeypatch.delenv("OHEM_MM_BACKEND", raising=False)
     monkeypatch.setattr(ops, "_VERDICTS", {})
     monkeypatch.setattr(ops, "_SAID", set())
     monkeypatch.setattr(ops.triton, "available", lambda logits: True)
     monkeypatch.setattr(ops.triton, "trial", trial)
+    monkeypatch.setattr(ops.triton, "sums_trial", sums_trial)
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     caplog.set_level(logging.WARNING)
@@ -167,6 +173,35 @@ def test_gradients_that_triton_has_not_are_portables(caplog, gpu, name):
 def test_rules_that_triton_does_not_know(gpu, rule):
     assert choose_backend(logits_on_gpu(), rule=OhemRule(**rule)) == "portable"
     assert gpu["trials"] == []
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sums_trouble"), [(None, "finds another predicted"), ("is wrong", None)]
+)
+def test_sums_have_a_verdict_of_their_own(caplog, gpu, trouble, sums_trouble):
+    gpu.update(trouble=trouble, sums_trouble=sums_trouble)
+    for _ in range(2):
+        assert choose_backend(logits_on_gpu()) == ("portable" if trouble else "triton")
+        found = choose_backend(logits_on_gpu(), sums=Overlap(squared=True))
+        assert found == ("portable" if sums_trouble else "triton")
+    assert gpu["trials"] == [(torch.device("cuda", 1), torch.float32, 7, False)]
+    assert gpu["sums_trials"] == [(torch.device("cuda", 1), torch.float32, 7)]
+    assert caplog.messages == [f"triton {trouble or sums_trouble}; using portable."]
+
+
+def test_sums_are_not_tried_while_capturing(caplog, gpu):
+    assert choose_backend(logits_on_gpu()) == "triton"
+    gpu["capturing"] = True  # the other kernels were tried, these were not
+    assert choose_backend(logits_on_gpu(), sums=Overlap()) == "portable"
+    assert "run a step before" in caplog.text
+    assert gpu["sums_trials"] == []
+
+
+@pytest.mark.parametrize("sums", [Overlap(use_sigmoid=True), Overlap(smoothing=0.1)])
+def test_sums_that_triton_has_not_are_portables(caplog, gpu, sums):
+    assert choose_backend(logits_on_gpu(), sums.use_sigmoid, sums=sums) == "portable"
+    assert "sums of softmax and hard labels alone" in caplog.text
+    assert gpu["sums_trials"] == []
 
 
 def large(images=1, low=(4, 4)):

@@ -25,6 +25,7 @@ CITY, ADE = report.SHAPES.values()
 KERNELS = {
     *("forward", "begin_floor", "count_digits", "choose_digit"),
     *("select", "finish", "backward", "backward_full"),
+    *("sums", "slopes"),
 }
 
 
@@ -167,6 +168,10 @@ def test_the_compiler_takes_every_kernel(cache, capability):
         label_smoothing=0.1,
         avg_factor=torch.empty((), device="meta"),
     )
+    launches += assembly.region_launches(Sizes(2, 19, 64, 64, 64, 64))
+    launches += assembly.region_launches(
+        Sizes(2, 19, 8, 8, 64, 64), assembly.Overlap(squared=True), weight=True
+    )
     unique = {launch.specialisation()[:3]: launch for launch in launches}
     assert {launch.base for launch in launches} == KERNELS
     for launch in unique.values():
@@ -200,6 +205,47 @@ def test_machine_code_stays_below_its_ceilings(cache, shape):
             launch.name,
             found,
         )
+
+
+# The forward pass of the region term is that of the loss.
+REGION_CEILINGS = {
+    "forward": CEILINGS["forward"],
+    "sums": (136, 430, 1030),
+    "slopes": (144, 182, 920),
+    "backward": (168, 131, 1340),
+}
+
+
+@pytest.mark.parametrize("shape", report.SHAPES)
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_region_term_stays_below_its_ceilings(cache, shape, squared):
+    if assembly.tool("cuobjdump") is None:
+        pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
+    overlap = assembly.Overlap(squared=squared)
+    launches = assembly.region_launches(report.SHAPES[shape], overlap, weight=squared)
+    assert [launch.name for launch in launches] == list(REGION_CEILINGS)
+    for launch in launches:
+        code = report.read(launch.compile(90))
+        assert (code.spills, code.fences) == (0, 0), launch.name
+        found = code.registers, code.loops.hottest().own, code.instructions
+        ceiling = REGION_CEILINGS[launch.name]
+        assert all(a <= b for a, b in zip(found, ceiling, strict=True)), (launch.name, found)
+
+
+def test_the_model_knows_the_region_term(cache):
+    if report.missing():
+        pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
+    for (shape, sizes), limit in zip(report.SHAPES.items(), (520, 3250), strict=True):
+        rows = [
+            report.describe(launch, report.read(launch.compile(90)), sizes, shape, 90, False)
+            for launch in assembly.region_launches(sizes)
+        ]
+        # Every logit is looked at in each of the four.
+        assert min(row.microseconds for row in rows) > 60
+        assert sum(row.microseconds for row in rows) <= limit
+        # Two maps more than the loss has, of four bytes a pixel: slopes writes them.
+        pixels = sizes.images * sizes.high_h * sizes.high_w
+        assert rows[2].megabytes > 8 * pixels / 1e6
 
 
 def test_the_model_meets_its_aims(cache):

@@ -9,7 +9,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,13 +99,15 @@ def choose_backend(
     size: torch.Size | None = None,
     constants: Iterable[Tensor | float | None] = (),
     rule: OhemRule | None = None,
+    sums: Overlap | None = None,
 ) -> str:
     """The implementation to use for these logits.
 
     ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
-    has to pass a trial on the device, whose verdict is kept for the process. ``portable`` works in
-    bands of rows and never holds the upsampled logits; it is the default for 2-D maps elsewhere.
-    Both are single operators in a compiled or exported model. ``eager`` holds the upsampled logits;
+    has to pass a trial on the device, whose verdict is kept for the process; the sums of overlap
+    losses have kernels, a trial and a verdict of their own. ``portable`` works in bands of rows and
+    never holds the upsampled logits; it is the default for 2-D maps elsewhere. For cross-entropies,
+    both are single operators in a compiled or exported model. ``eager`` holds the upsampled logits;
     it is the default for all other shapes and within transforms of ``torch.func``. The environment
     variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work, one line is
     logged and another is used.
@@ -116,6 +118,7 @@ def choose_backend(
         size: Spatial size of the labels; None: that of the logits.
         constants: Tensors and numbers that Triton's kernels have no gradient for.
         rule: The rule, if one is to be applied.
+        sums: What :func:`class_sums` is to sum, if that is what it is for.
 
     Returns:
         A name out of ``BACKENDS``.
@@ -130,13 +133,17 @@ def choose_backend(
         wanted == "triton" or (wanted is None and logits.is_cuda)
     ):
         return decide(facts)[0]
+    size = logits.shape[2:] if size is None else size
     facts = facts._replace(
         on_gpu=logits.is_cuda and triton.available(logits),
-        refusal=triton.refusal(logits, logits.shape[2:] if size is None else size, constants, rule),
+        refusal=triton.refusal(logits, size, constants, rule)
+        if sums is None
+        else triton.sums_refusal(logits, size, sums),
     )
     if decide(facts._replace(verdict=""))[0] == "triton":
         channels = operator.index(logits.shape[1])  # a number, even where compilers have a symbol
-        kind = (logits.device, logits.dtype, channels, use_sigmoid)
+        form: _Form = use_sigmoid if sums is None else "sums"
+        kind = (logits.device, logits.dtype, channels, form)
         if torch.compiler.is_dynamo_compiling():
             facts = facts._replace(verdict=_verdict_for_compiler(*kind))
         else:
@@ -154,16 +161,22 @@ def choose_backend(
     return backend
 
 
-_Kind = tuple[torch.device, torch.dtype, int, bool]
+# What is tried: the loss by softmax or by sigmoid, or the sums of overlap losses.
+_Form = bool | Literal["sums"]
+_Kind = tuple[torch.device, torch.dtype, int, _Form]
 _VERDICTS: dict[_Kind, str] = {}
 
 
-def _verdict(device: torch.device, dtype: torch.dtype, channels: int, sigmoid: bool) -> str | None:
+def _verdict(device: torch.device, dtype: torch.dtype, channels: int, form: _Form) -> str | None:
     """What the trial of these kernels finds; held once, but again where nothing was decided."""
-    kind = (device, dtype, channels, sigmoid)
+    kind = (device, dtype, channels, form)
     if kind not in _VERDICTS:
         try:
-            _VERDICTS[kind] = triton.trial(*kind) or ""
+            if form == "sums":
+                trouble = triton.sums_trial(device, dtype, channels)
+            else:
+                trouble = triton.trial(device, dtype, channels, form)
+            _VERDICTS[kind] = trouble or ""
         except triton.UndecidedError as error:
             _say_once(f"triton {error}; using portable for now.")
             return None
@@ -275,6 +288,7 @@ def class_sums(
     weight: Tensor | None,
     overlap: Overlap,
     *,
+    ignore_index: int,
     align_corners: bool = False,
     count_hits: bool = False,
 ) -> tuple[Sums, Tensor | None]:
@@ -290,6 +304,7 @@ def class_sums(
         valid: As there.
         weight: Weight of each pixel, shape (N, ...), or None.
         overlap: Which sums.
+        ignore_index: Label of the pixels that are not valid.
         align_corners: As in ``torch.nn.functional.interpolate``.
         count_hits: Count the pixels that are classified correctly.
 
@@ -299,7 +314,20 @@ def class_sums(
     """
     if is_transformed():
         raise RuntimeError("torch.func cannot transform the region term: it has no rules for it.")
-    if _in_bands(logits) and not is_traced(logits):  # triton has no kernel for them yet
+    backend = "eager"  # neither of the others is an operator that a compiler could keep
+    if not is_traced(logits):
+        backend = choose_backend(logits, overlap.use_sigmoid, size=target.shape[1:], sums=overlap)
+    if backend == "triton":
+        return triton.class_sums(
+            logits,
+            target,
+            weight,
+            overlap,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            with_hits=count_hits,
+        )
+    if backend == "portable":
         return banded_class_sums(
             logits,
             target,

@@ -16,14 +16,24 @@ from torch import Tensor
 from ...rule import OhemRule
 from ...tracing import is_traced, is_transformed
 from ..eager import plain_cross_entropy
-from . import forward, geometry
+from ..region import Overlap, Sums, refuse_graph
+from . import backward, forward, geometry, passes, region
 from . import trial as _trial
-from .inner import triton
+from .inner import Kind, triton
 from .operator import kept_ohem
 from .passes import Settings, backward_pass, forward_pass, sizes_of
 from .trial import UndecidedError
 
-__all__ = ["UndecidedError", "available", "ohem", "refusal", "trial"]
+__all__ = [
+    "UndecidedError",
+    "available",
+    "class_sums",
+    "ohem",
+    "refusal",
+    "sums_refusal",
+    "sums_trial",
+    "trial",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -76,6 +86,11 @@ def refusal(
 def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: bool) -> str | None:
     """What is wrong with the kernels here, or None; see :func:`ohem_mm.ops.triton.trial.trial`."""
     return _trial.trial(ohem, device, dtype, channels, use_sigmoid)
+
+
+def sums_trial(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """What is wrong with the kernels of :func:`class_sums` here, or None."""
+    return _trial.sums_trial(class_sums, device, dtype, channels)
 
 
 def ohem(
@@ -194,3 +209,136 @@ def _gradient_with_graph(
     total = (loss * torch.where(kept, factor, 0)).sum() / divisor
     (grad,) = torch.autograd.grad(total, logits, grad_loss, create_graph=True)
     return grad
+
+
+def sums_refusal(logits: Tensor, size: Sequence[int], overlap: Overlap) -> str | None:
+    """Why :func:`class_sums` must leave this call to another path, or None.
+
+    Args:
+        logits: Shape (N, C, h, w).
+        size: Of the labels, (H, W).
+        overlap: Which sums.
+
+    Returns:
+        What is wrong, to be put behind the name of the path, or None.
+    """
+    if overlap.use_sigmoid or overlap.smoothing:
+        return "has sums of softmax and hard labels alone"
+    return refusal(logits, size)
+
+
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    overlap: Overlap,
+    *,
+    ignore_index: int,
+    align_corners: bool,
+    with_hits: bool = False,
+    tiling: geometry.Tiling = geometry.TILING,
+) -> tuple[Sums, Tensor | None]:
+    """Sums over the pixels of each image, for overlap losses, of logits upsampled on the way.
+
+    Args:
+        logits: float16, bfloat16 or float32, shape (N, C, h, w), any strides.
+        target: Any integer dtype, shape (N, H, W), at least as large.
+        weight: Weight of each pixel, floating point, shape (N, H, W), or None.
+        overlap: Which sums; by softmax, of hard labels.
+        ignore_index: Label of pixels that do not count.
+        align_corners: As in ``torch.nn.functional.interpolate``.
+        with_hits: Also count the valid pixels whose highest channel is their label.
+        tiling: Limits of the schedule.
+
+    Returns:
+        As :func:`ohem_mm.ops.class_sums` returns them.
+
+    Raises:
+        ValueError: :func:`sums_refusal` has a reason.
+    """
+    reason = sums_refusal(logits, target.shape[1:], overlap)
+    if reason:
+        raise ValueError(f"triton {reason}.")
+    sizes = sizes_of(logits, target.shape[1:])
+    kind = Kind(
+        full=sizes.full,
+        align_corners=align_corners,
+        sigmoid=False,
+        single=False,
+        smooth=False,
+        hits=with_hits,
+        overlap=True,
+        squared=overlap.squared,
+        weighted=weight is not None,
+    )
+    if weight is not None:
+        weight = weight.float().contiguous()
+    *out, hits = _ClassSums.apply(  # type: ignore[no-untyped-call]
+        logits, target, weight, (sizes, kind, ignore_index, tiling)
+    )
+    return Sums(*out), hits if with_hits else None
+
+
+class _ClassSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        call: tuple[geometry.Sizes, Kind, int, geometry.Tiling],
+    ) -> tuple[Tensor, ...]:
+        sizes, kind, ignore_index, tiling = call
+        plan = geometry.forward(sizes, tiling)
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+            maps = forward.run(
+                logits,
+                target.contiguous(),
+                sizes,
+                # The forward pass is that of plain cross-entropy.
+                kind._replace(overlap=False, squared=False, weighted=False),
+                ignore_index=ignore_index,
+                smoothing=0.0,
+                limit=0.0,
+                state=torch.empty(0, dtype=torch.int32, device=logits.device),
+                plan=plan,
+            )
+            sums = region.sums(logits, maps, weight, sizes, kind, plan)
+            # Without a pixel nothing was launched, and nothing written there.
+            hits = maps.counts[2, : plan.programs if target.numel() else 0].sum()
+        ctx.call = call
+        ctx.save_for_backward(logits, maps.loss, maps.normaliser, maps.label, weight)
+        ctx.mark_non_differentiable(sums[2], hits)
+        return *sums.unbind(), hits
+
+    @staticmethod
+    def backward(
+        ctx: Any, by_intersection: Tensor, by_predicted: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        refuse_graph()
+        logits, loss, normaliser, label, weight = ctx.saved_tensors
+        sizes, kind, _, tiling = ctx.call
+        maps = forward.Maps(loss, loss, normaliser, label, loss)
+        one = loss.new_ones(())
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+            slope = by_predicted.float().contiguous()
+            shift, at_true = region.slopes(
+                logits,
+                maps,
+                weight,
+                by_intersection.float().contiguous(),
+                slope,
+                sizes,
+                kind,
+                geometry.forward(sizes, tiling),
+            )
+            grad = backward.run(
+                logits,
+                backward.Saved(shift, normaliser, label, one, at_true, weight, slope),
+                one,
+                sizes,
+                kind,
+                0.0,
+                geometry.backward(sizes, passes.processors(logits.device), tiling),
+            )
+        return grad, None, None, None

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 
 from ...rule import OhemRule
+from ..region import Overlap
 from . import geometry
 from .inner import triton
 
@@ -136,12 +137,50 @@ def launches(
     with (
         record() as found,
         mock.patch.object(package, "available", return_value=True),
-        mock.patch.object(package.passes, "_processors", return_value=processors),
+        mock.patch.object(package.passes, "processors", return_value=processors),
     ):
         loss, *_ = package.ohem(
             logits, target, scale, rule=rule or OhemRule(), size=(height, width), **chosen
         )
         torch.autograd.grad(loss, logits)
+    return found
+
+
+def region_launches(
+    sizes: geometry.Sizes,
+    overlap: Overlap | None = None,
+    *,
+    weight: bool = False,
+    processors: int = 132,
+) -> list[Launch]:
+    """The same of the sums of overlap losses, for float32 logits and int64 labels.
+
+    Args:
+        sizes: Of logits and labels.
+        overlap: Which sums.
+        weight: With a weight for each pixel.
+        processors: Multiprocessors of the device.
+    """
+    package = importlib.import_module(__package__ or "")
+    n, c, h, w, height, width = sizes
+    logits = torch.empty(n, c, h, w, device="meta", requires_grad=True)
+    target = torch.empty(n, height, width, dtype=torch.int64, device="meta")
+    scale = torch.empty(target.shape, device="meta") if weight else None
+    with (
+        record() as found,
+        mock.patch.object(package, "available", return_value=True),
+        mock.patch.object(package.passes, "processors", return_value=processors),
+    ):
+        sums, _ = package.class_sums(
+            logits,
+            target,
+            scale,
+            overlap or Overlap(),
+            ignore_index=255,
+            align_corners=False,
+            with_hits=True,
+        )
+        torch.autograd.grad((sums.intersection + sums.predicted).sum(), logits)
     return found
 
 

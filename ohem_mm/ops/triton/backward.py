@@ -24,12 +24,19 @@ class Saved(NamedTuple):
         normaliser: float32, shape (N, H, W): log2 of the sum of exponentials, for softmax.
         label: Narrow integers, shape (N, H, W), -1 where not kept.
         divisor: float32, shape ().
+        at_true: float32, shape (N, H, W): with ``Kind.overlap``, what the true class has beside;
+            ``factor`` is then what all classes have.
+        weight: float32, shape (N, H, W): weight of each pixel, with ``Kind.weighted``.
+        by_predicted: float32, shape (N, C): derivative by those sums, with ``Kind.overlap``.
     """
 
     factor: Tensor
     normaliser: Tensor
     label: Tensor
     divisor: Tensor
+    at_true: Tensor | None = None
+    weight: Tensor | None = None
+    by_predicted: Tensor | None = None
 
 
 def run(
@@ -57,7 +64,8 @@ def run(
         return grad
     arguments = (
         logits,
-        *saved,
+        # Any tensor stands in for what this kind does not read.
+        *(saved.factor if part is None else part for part in saved),
         grad_loss,
         grad,
         *logits.stride(),
@@ -102,13 +110,23 @@ def _scaled(value, step):
     return tl.where(value != 0, value * step, 0.0)
 
 
-@kernel("label_map", "factor", "normaliser", "divisor", "grad")
+@jit
+def _of_overlap(p, hot, shift, at_true, weight, slope, kind: tl.constexpr):
+    # Derivative by a logit of a function of the sums: p (slope - mean slope), and more if true.
+    steep = 2.0 * slope * p if kind.squared else slope
+    return tl.fma(p, tl.fma(weight, steep, shift), tl.where(hot, at_true, 0.0))
+
+
+@kernel("label_map", "factor", "normaliser", "divisor", "at_true", "grad")
 def _backward_full(
     logits,
     factor,
     normaliser,
     label_map,
     divisor,
+    at_true,
+    weight,
+    by_predicted,
     grad_loss,
     grad,
     stride_n,
@@ -152,13 +170,23 @@ def _backward_full(
     y, x = y.to(tl.int64)[:, None], x.to(tl.int64)[None, :]
     logits += image * stride_n + y * stride_y + x * stride_x
     grad += image * grad_n + y * grad_y + x * grad_x
+    if kind.overlap:
+        more = _scaled(tl.load(at_true + place, mask=live, other=0.0), step)
+        share = step
+        if kind.weighted:
+            share = _scaled(tl.load(weight + place, mask=live, other=0.0), step)
+        by_predicted += image * classes
     for c in range(classes):
         z = tl.load(logits, mask=live, other=0.0).to(tl.float32) * LOG2_E
         p = _probability(z, norm, kind)
-        g = p - tl.where(label == c, sharp, 0.0)
-        if kind.smooth:
-            g -= even
-        g = tl.where(live, k * g, 0.0)
+        if kind.overlap:
+            g = _of_overlap(p, label == c, k, more, share, tl.load(by_predicted + c), kind)
+        else:
+            g = p - tl.where(label == c, sharp, 0.0)
+            if kind.smooth:
+                g -= even
+            g = k * g
+        g = tl.where(live, g, 0.0)
         tl.store(grad, g.to(grad.dtype.element_ty), mask=inside)
         logits += stride_c
         grad += grad_c
@@ -170,13 +198,16 @@ def _from_left(value, shift, first):
     return tl.where(first, 0.0, tl.gather(value, shift, 1))
 
 
-@kernel("label_map", "factor", "normaliser", "divisor", "grad")
+@kernel("label_map", "factor", "normaliser", "divisor", "at_true", "grad")
 def _backward(
     logits,
     factor,
     normaliser,
     label_map,
     divisor,
+    at_true,
+    weight,
+    by_predicted,
     grad_loss,
     grad,
     stride_n,
@@ -243,6 +274,8 @@ def _backward(
     true_label = (c + 1 if kind.single else c)[:, None]
 
     step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
+    if kind.overlap:
+        steep = tl.load(by_predicted + image * classes + c, mask=c < classes, other=0.0)[:, None]
     carry = tl.full([class_tile, cells], 0.0, tl.float32)
     for r in range(walk + 1):
         row = first_row - 1 + r
@@ -279,9 +312,20 @@ def _backward(
                     weight_x = tl.maximum(x_offset + x_scale * i, 0.0)
                     z = tl.fma(weight_x[None, :], slope, z_left)
                     p = _probability(z, norm[None, :], kind)
-                    g = tl.where(label[None, :] == true_label, p - sharp, p)
-                    if kind.smooth:
-                        g -= even
+                    hot = label[None, :] == true_label
+                    if kind.overlap:
+                        more = tl.load(at_true + line + x, mask=live, other=0.0)
+                        share = live.to(tl.float32)
+                        if kind.weighted:
+                            share = tl.load(weight + line + x, mask=live, other=0.0)
+                        g = _of_overlap(
+                            p, hot, k[None, :], more[None, :], share[None, :], steep, kind
+                        )
+                        k = live.to(tl.float32)  # what follows multiplies by it
+                    else:
+                        g = tl.where(hot, p - sharp, p)
+                        if kind.smooth:
+                            g -= even
                     line_all = tl.fma(k[None, :], g, line_all)
                     line_right = tl.fma((k * weight_x)[None, :], g, line_right)
             all_all += line_all

@@ -38,6 +38,9 @@ class Kind(NamedTuple):
         smooth: The labels are smoothed.
         hits: Pixels are counted whose highest channel is their label.
         hard: Valid and hard pixels are counted for the floor.
+        overlap: The gradient is that of sums over classes; see ``region``.
+        squared: One of these sums is of squares.
+        weighted: Pixels have weights in them.
     """
 
     full: bool
@@ -47,6 +50,9 @@ class Kind(NamedTuple):
     smooth: bool
     hits: bool = False
     hard: bool = False
+    overlap: bool = False
+    squared: bool = False
+    weighted: bool = False
 
 
 def options(warps: int, registers: int | None = None) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def backward_pass(
             sizes,
             settings.kind(sizes),
             settings.smoothing,
-            geometry.backward(sizes, _processors(logits.device), settings.tiling),
+            geometry.backward(sizes, processors(logits.device), settings.tiling),
         )
 
 
@@ -126,7 +126,7 @@ def sizes_of(logits: Tensor, size: Sequence[int]) -> geometry.Sizes:
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of a device; of an H100 where it has none."""
     if device.type != "cuda":
         return 132

@@ -52,6 +52,8 @@ _MOVED = {
     "forward": ("logits", "target", "loss", "normaliser", "label_map"),
     "count_digits": ("loss",),
     "select": ("loss", "loss", "label_map", "label_map"),
+    "sums": ("logits", "loss", "normaliser", "label_map", "parts"),
+    "slopes": ("logits", "normaliser", "label_map", "shift", "at_true"),
     "backward": ("logits", "grad", "factor", "normaliser", "label_map", "target"),
 }
 
@@ -155,6 +157,8 @@ def _resident(registers: int | None) -> int:
 def _bytes(launch: Launch, sizes: geometry.Sizes, active: bool) -> tuple[float, float]:
     """Bytes through memory, and through the cache by programs that share maps."""
     names = _MOVED.get(launch.base.removesuffix("_full"), ())
+    if launch.base.startswith("backward") and launch.arguments["kind"].overlap:
+        names = (*names, "at_true")  # otherwise ``factor`` stands there once more
     values = [launch.arguments[name] for name in names if name in launch.arguments]
     sums = [float(v.nbytes) for v in values if isinstance(v, Tensor)]
     if launch.base == "count_digits" and not _runs(launch, active):
@@ -179,7 +183,7 @@ def _trips(launch: Launch, sizes: geometry.Sizes, active: bool) -> list[float]:
     own = launch.arguments
     programs = math.prod(launch.grid)
     scale_y, scale_x = sizes.high_h / sizes.low_h, sizes.high_w / sizes.low_w
-    if launch.base == "forward":
+    if launch.base in ("forward", "sums", "slopes"):
         return [1 if sizes.full else max(1, scale_y / own["rows"]), sizes.classes]
     if launch.base == "backward":
         # Cell 0 also has the pixels before its first column, and its neighbours wait for it.

@@ -15,6 +15,8 @@ from torch import Tensor
 from ...mining import keep_pixels
 from ...rule import OhemRule, Pool
 from ..portable import banded_cross_entropy
+from ..portable_region import banded_class_sums
+from ..region import Overlap
 from .geometry import Tiling
 
 # Relative error of the gradient; the loss is float32 whatever the logits are.
@@ -68,6 +70,48 @@ def trial(
     Raises:
         UndecidedError: No memory is left, or tensors hold no data here (fake tensors).
     """
+
+    def compare() -> str | None:
+        for case in _CASES:
+            low = _SIZE if case.full else _LOW
+            trouble = _compare(ohem, device, dtype, channels, use_sigmoid, low, case)
+            if trouble:
+                return f"{trouble} (floor of a {case.pool}, {low} to {_SIZE})"
+        return None
+
+    return _hold(compare, device)
+
+
+def sums_trial(
+    class_sums: Callable[..., Any], device: torch.device, dtype: torch.dtype, channels: int
+) -> str | None:
+    """The same of :func:`ohem_mm.ops.triton.class_sums`.
+
+    Args:
+        class_sums: What is tried; it takes a ``tiling`` as well.
+        device: Where to run.
+        dtype: Of the logits: float16, bfloat16 or float32.
+        channels: Number of channels of the logits.
+
+    Returns:
+        What is wrong, to be put behind the name of the path, or None.
+
+    Raises:
+        UndecidedError: As :func:`trial`.
+    """
+
+    def compare() -> str | None:
+        for low, squared in ((_LOW, False), (_LOW, True), (_SIZE, False)):
+            trouble = _compare_sums(class_sums, device, dtype, channels, low, squared)
+            if trouble:
+                return f"{trouble} ({'squares with weights, ' if squared else ''}{low} to {_SIZE})"
+        return None
+
+    return _hold(compare, device)
+
+
+def _hold(compare: Callable[[], str | None], device: torch.device) -> str | None:
+    """Run a comparison whatever modes are on, and say what it raised."""
     try:
         with (
             torch.inference_mode(False),
@@ -75,16 +119,11 @@ def trial(
             torch.autocast(device.type, enabled=False),
             torch.autocast("cpu", enabled=False),
         ):
-            for case in _CASES:
-                low = _SIZE if case.full else _LOW
-                trouble = _compare(ohem, device, dtype, channels, use_sigmoid, low, case)
-                if trouble:
-                    return f"{trouble} (floor of a {case.pool}, {low} to {_SIZE})"
+            return compare()
     except (torch.OutOfMemoryError, UndecidedError) as error:
         raise UndecidedError(f"could not be tried on {device}: {_first_line(error)}") from error
     except Exception as error:  # whatever the compiler or the driver raises
         return f"fails on {device} ({type(error).__name__}: {_first_line(error)})"
-    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -142,6 +181,60 @@ def _compare(
         return f"finds another gradient than portable, by {error:.2g}"
     if int(num_valid) != int(valid.sum()):
         return f"finds {int(num_valid)} valid pixels instead of {int(valid.sum())}"
+    if expected_hits is None or abs(int(hits) - int(expected_hits)) > 1:
+        return f"finds {int(hits)} correct pixels instead of {expected_hits}"
+    return None
+
+
+def _compare_sums(
+    class_sums: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    channels: int,
+    low: tuple[int, int],
+    squared: bool,
+) -> str | None:
+    plain = torch.empty(0, device="cpu")
+    if type(plain) is not Tensor:
+        raise UndecidedError(f"tensors are {type(plain).__name__} here")
+    start, target = make_problem(channels, False, low)
+    start = start.to(dtype)
+    exact = start.double().requires_grad_()
+    overlap = Overlap(squared=squared)
+    # Weights are a variant of the kernels, as squares are; one case has both.
+    weight = None
+    if squared:
+        weight = torch.linspace(0, 2, target.numel(), device="cpu").view(target.shape)
+    expected, expected_hits = banded_class_sums(
+        exact, target, target != 255, weight, overlap, count_hits=True
+    )
+    # Any function of the sums in which each of them has a share of its own.
+    factors = torch.linspace(-1, 2, 2 * channels, dtype=torch.float64, device="cpu").view(2, -1)
+
+    def function(intersection: Tensor, predicted: Tensor) -> Tensor:
+        weights = factors.to(intersection.device)
+        return (intersection * weights[0] + predicted * weights[1]).sum()
+
+    (expected_grad,) = torch.autograd.grad(function(*expected[:2]), exact)
+    logits = start.to(device).requires_grad_()
+    sums, hits = class_sums(
+        logits,
+        target.to(device),
+        None if weight is None else weight.to(device),
+        overlap,
+        ignore_index=255,
+        align_corners=False,
+        with_hits=True,
+        tiling=_TILING,
+    )
+    (grad,) = torch.autograd.grad(function(*sums[:2]), logits)
+    for name, found, wanted in zip(sums._fields, sums, expected, strict=True):
+        error = float((found.cpu() - wanted).detach().abs().max())
+        if not error <= _LOSS_TOLERANCE * float(wanted.detach().abs().max()):
+            return f"finds another {name} than portable, by {error:.2g}"
+    error = float((grad.cpu().double() - expected_grad).abs().max())
+    if not error <= _TOLERANCE[dtype] * float(expected_grad.abs().max()):
+        return f"finds another gradient of sums than portable, by {error:.2g}"
     if expected_hits is None or abs(int(hits) - int(expected_hits)) > 1:
         return f"finds {int(hits)} correct pixels instead of {expected_hits}"
     return None
