@@ -1,17 +1,16 @@
 """The Triton kernels against the float64 oracle, and what can be known of them without a GPU.
 
-Without a GPU the kernels run in Triton's interpreter. Triton decides that when it is imported, so
-``test_in_the_interpreter`` runs this file once more in a process of its own.
+Without a GPU ``test_triton_interpreter.py`` runs this file in Triton's interpreter.
 """
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import DEVICE, INTERPRETED, runs
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
 from ohem_mm.ops import choose_backend
@@ -21,11 +20,6 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 kernels = pytest.importorskip("ohem_mm.ops.triton")
 geometry = pytest.importorskip("ohem_mm.ops.triton.geometry")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs within test_in_the_interpreter"
-)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
 DEFAULTS = {
     "thresh": 0.7,
@@ -114,17 +108,6 @@ def batch(seed, shape, size, dtype=torch.float32, ignored=0.2, scale=3.0):
     target = torch.randint(0, max(2, shape[1]), (shape[0], *size), generator=generator)
     target[torch.rand(target.shape, generator=generator) < ignored] = 255
     return logits, target
-
-
-def test_in_the_interpreter():
-    if DEVICE == "cuda" or INTERPRETED:
-        pytest.skip("the tests of this process run the kernels")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
 
 
 # --- values and gradients ------------------------------------------------------------------------
@@ -254,7 +237,7 @@ TIES = {
 
 
 @runs
-@pytest.mark.parametrize("avg", ["kept", "valid"])
+@pytest.mark.parametrize("avg", ["kept", pytest.param("valid", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pool", ["batch", "image", "class"])
 @pytest.mark.parametrize("name", TIES)
 def test_ties_share_the_places_that_are_left(small_tiles, name, pool, avg):
@@ -313,6 +296,7 @@ def problems(draw):
     return logits, target, weight, rule
 
 
+@pytest.mark.slow
 @runs
 @settings(
     max_examples=int(os.environ.get("OHEM_MM_EXAMPLES", "30")),
@@ -354,7 +338,7 @@ def test_nothing_kept_and_no_pixels_at_all():
 
 @runs
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("size", [(4, 4), (8, 8)])
+@pytest.mark.parametrize("size", [(4, 4), pytest.param((8, 8), marks=pytest.mark.slow)])
 def test_not_finite_is_kept_where_valid_and_unseen_where_ignored(bad, size):
     logits, target = batch(8, (2, 3, 4, 4), size, ignored=0.0)
     target[0, 0, 0] = 1

@@ -1,11 +1,8 @@
 """The whole loss as an operator under torch.compile, and its second derivatives."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import DEVICE, runs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops
@@ -16,23 +13,6 @@ operator = pytest.importorskip("ohem_mm.ops.triton.operator")
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace reads of os.environ"
 )
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs within test_in_the_interpreter"
-)
-
-
-def test_in_the_interpreter():
-    if DEVICE == "cuda" or INTERPRETED:
-        pytest.skip("the tests of this process run the kernels")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
 
 
 class Trials(dict):
@@ -125,6 +105,7 @@ def test_through_aot_autograd_with_a_divisor_given_by_hand():
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.slow
 @runs
 def test_shapes_that_vary():
     loss = OhemCrossEntropyLoss(min_kept=0.5, pool="image")
@@ -152,6 +133,7 @@ def test_a_kernel_that_fails_its_trial_is_not_compiled_in(monkeypatch):
     assert list(ops._SAID) == ["triton is wrong; using portable."]
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.parametrize("use_sigmoid", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])

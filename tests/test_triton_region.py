@@ -1,16 +1,13 @@
-"""The kernels of the region term against the float64 oracle, without a GPU in the interpreter.
+"""The kernels of the region term against the float64 oracle.
 
-Triton decides whether it interprets when it is imported, so ``test_in_the_interpreter`` runs this
-file once more in a process of its own.
+Without a GPU ``test_triton_interpreter.py`` runs this file in Triton's interpreter.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import DEVICE, runs
 
 from ohem_mm import RegionLoss, ops, reference
 from ohem_mm.ops import Overlap
@@ -22,27 +19,9 @@ kernels = pytest.importorskip("ohem_mm.ops.triton")
 geometry = pytest.importorskip("ohem_mm.ops.triton.geometry")
 trial = pytest.importorskip("ohem_mm.ops.triton.trial")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs within test_in_the_interpreter"
-)
 # Several programs, tiles and overlaps even on tiny maps.
 SMALL = geometry.Tiling(tile=32, cells=4, classes=4, block=64, programs=4, walk=2)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
-
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this is the run itself")
-def test_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout
 
 
 def problem(classes=5, low=(2, 3), size=(7, 10), dtype=torch.float32):

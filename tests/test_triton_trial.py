@@ -2,13 +2,13 @@
 
 import importlib
 import inspect
-import os
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
+from interpreter import DEVICE as PLACE
+from interpreter import INTERPRETED, runs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -16,11 +16,7 @@ kernels = pytest.importorskip("ohem_mm.ops.triton")
 trials = importlib.import_module("ohem_mm.ops.triton.trial")
 inner = importlib.import_module("ohem_mm.ops.triton.inner")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not INTERPRETED, reason="runs within test_in_the_interpreter"
-)
+DEVICE = torch.device(PLACE)
 
 
 @pytest.fixture
@@ -32,25 +28,14 @@ def small(monkeypatch):
     monkeypatch.setattr(trials, "_TILING", tiling)
 
 
-def test_in_the_interpreter():
-    if DEVICE.type == "cuda" or INTERPRETED:
-        pytest.skip("the tests of this process run the kernels")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
-
-
 @runs
 @pytest.mark.parametrize(
     ("dtype", "channels", "use_sigmoid"),
     [
         (torch.float32, 3, False),
-        (torch.float16, 1, True),
-        (torch.bfloat16, 4, False),
-        (torch.float32, 2, True),
+        pytest.param(torch.float16, 1, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 4, False, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 2, True, marks=pytest.mark.slow),
     ],
 )
 def test_it_passes(small, dtype, channels, use_sigmoid):
@@ -149,6 +134,7 @@ def with_fault(name):
     return original, source.replace(right, wrong)
 
 
+@pytest.mark.slow
 @runs
 @pytest.mark.skipif(not INTERPRETED, reason="each fault would be compiled")
 @pytest.mark.parametrize("name", FAULTS)
@@ -170,6 +156,7 @@ def test_it_finds_a_planted_fault(small, monkeypatch, tmp_path, name):
     assert "fails" not in trouble
 
 
+@pytest.mark.slow
 @runs
 def test_what_it_says(small, monkeypatch):
     def trial(change):
