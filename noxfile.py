@@ -38,29 +38,22 @@ def install(session, *packages):
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])
-def core(session):
-    """The loss with the newest torch, on every Python."""
-    install(session)
-    run(session, *CORE)
+def newest(session):
+    """The losses and the default stack with the newest torch, on every Python."""
+    install(session, ".[mmseg,test]")
+    run(session, *CORE, *INSIDE)
 
 
-@nox.session(python=["3.10", "3.11", "3.12"])
+@nox.session(python="3.10")
 def oldest(session):
-    """The loss with the oldest torch and numpy."""
+    """The losses with the oldest torch and numpy."""
     install(session, *OLDEST)
     run(session, *CORE)
 
 
-@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
-def mmseg(session):
-    """The loss and the hooks inside the default stack, on every Python."""
-    install(session, ".[mmseg,test]")
-    run(session, *INSIDE)
-
-
-@nox.session(python=["3.10"])
+@nox.session(python="3.10")
 def oldest_mmseg(session):
-    """The same inside the default stack, with the numpy that it wants."""
+    """The default stack with the oldest torch, and the numpy that it wants."""
     # Not the extra `test`: its Triton is newer than the one that this torch pins.
     install(session, ".[mmseg]", OLDEST[0], "matplotlib", "rich", "tensorboard")
     run(session, *INSIDE)
