@@ -19,7 +19,7 @@ import torch
 from draws import draw, fingerprint
 from paddleseg.models.losses import OhemCrossEntropyLoss
 
-from ohem_mm.bench import edge_cases
+from ohem_mm.bench.edge_cases import ohem as edge_cases
 
 COMMIT = "d7975e7cb3b9102eae4eabcef5afb81b878473aa"
 DRAWS = 400

@@ -1,4 +1,4 @@
-"""Under torch.compile, torch.export and without values: the fused loss stays one operator."""
+"""Under torch.compile, torch.export and without values: the fused losses stay one operator."""
 
 import copy
 import itertools
@@ -8,14 +8,29 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops
-from ohem_mm.ops import compiled
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ohem_cross_entropy, ops
+from ohem_mm.joint import joint_losses
+from ohem_mm.ops import compiled, compiled_region
 
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace reads of os.environ"
 )
 
 OPERATOR = "ohem_mm.pixel_cross_entropy.default"
+SUMS = ["ohem_mm.class_sums.default", "ohem_mm.class_sums_backward.default"]
+
+
+class Pair(torch.nn.Module):
+    """A cross-entropy and an overlap loss, as a head has them."""
+
+    def __init__(self, pixels=None, region=None):
+        super().__init__()
+        losses = [OhemCrossEntropyLoss(**(pixels or {})), RegionLoss(**(region or {}))]
+        self.losses = torch.nn.ModuleList(losses)
+
+    def forward(self, pred, target, stats=None):
+        first, second = joint_losses(self.losses, pred, target, stats=stats)
+        return first + 2 * second
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +143,68 @@ def test_dtypes_and_shapes(monkeypatch, dtype, layout):
     assert (OPERATOR in graphs.operators) == (layout in ("channels_last", "full size"))
 
 
-def test_non_finite_logits_show():
+REGION_RULES = [
+    {"kind": "tversky", "gamma": 2.0, "pool": "image", "class_weight": [1, 2, 3, 4, 5]},
+    {"use_sigmoid": True, "squared": True, "classes": "all", "smooth": 1.0, "align_corners": True},
+    {"label_smoothing": 0.1, "pool": "world"},
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "weighted"), [*zip(REGION_RULES, (True, False, True), strict=True)]
+)
+def test_region_loss_equals_eager_mode_and_keeps_one_operator(rule, weighted):
+    channels = 1 if "use_sigmoid" in rule else 5
+    logits, target = batch((2, channels, 6, 7), (46, 58))
+    weight = None
+    if weighted:
+        weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
+    loss = RegionLoss(**rule)
+    stats, compiled_stats = {}, {}
+    expected = value_and_grad(loss, logits, target, weight, stats=stats)
+    graphs = Graphs()
+    function = torch.compile(loss, fullgraph=True, backend=graphs)
+    result = value_and_grad(function, logits, target, weight, stats=compiled_stats)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(compiled_stats, stats)
+    assert graphs.operators == SUMS
+    assert graphs.largest <= target.numel()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_pair_is_one_operator(smoothing):
+    logits, target = batch(size=(46, 58))
+    loss = Pair({"label_smoothing": smoothing, "thresh": 0.3}, {"kind": "jaccard"})
+    stats, compiled_stats = {}, {}
+    expected = value_and_grad(loss, logits, target, stats=stats)
+    graphs = Graphs()
+    function = torch.compile(loss, fullgraph=True, backend=graphs)
+    result = value_and_grad(function, logits, target, stats=compiled_stats)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(compiled_stats, stats)
+    assert graphs.operators == SUMS
+    assert graphs.largest <= target.numel()
+
+
+@pytest.mark.parametrize("layout", ["1-D", "eager"])
+def test_region_loss_without_bands(monkeypatch, layout):
+    """Where logits are upsampled in eager mode, they are in a compiled model, without operators."""
+    shapes = {"shape": (2, 5, 7), "size": (29,)} if layout == "1-D" else {}
+    if layout == "eager":
+        monkeypatch.setenv("OHEM_MM_BACKEND", "eager")
+    logits, target = batch(**shapes, dtype=torch.float64)
+    loss = Pair()
+    expected = value_and_grad(loss, logits, target)
+    graphs = Graphs()
+    result = value_and_grad(torch.compile(loss, fullgraph=True, backend=graphs), logits, target)
+    torch.testing.assert_close(result, expected)
+    assert graphs.operators == []
+
+
+@pytest.mark.parametrize("loss", [OhemCrossEntropyLoss(), Pair()])
+def test_non_finite_logits_show(loss):
     logits, target = batch()
     logits[0, 1, 2, 3] = torch.nan
-    loss = OhemCrossEntropyLoss()
     expected = value_and_grad(loss, logits, target)
     result = value_and_grad(
         torch.compile(loss, fullgraph=True, backend="aot_eager"), logits, target
@@ -140,9 +213,14 @@ def test_non_finite_logits_show():
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("pool", ["batch", "image", "class"])
-def test_shapes_that_vary_are_compiled_once(pool):
-    loss = OhemCrossEntropyLoss(min_kept=0.5, pool=pool)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(OhemCrossEntropyLoss(min_kept=0.5, pool=pool) for pool in ("batch", "image", "class")),
+        Pair({"min_kept": 0.5}, {"pool": "image", "label_smoothing": 0.1}),
+    ],
+)
+def test_shapes_that_vary_are_compiled_once(loss):
     graphs = Graphs()
     function = torch.compile(loss, fullgraph=True, backend=graphs, dynamic=True)
     for images, low, high in ((2, (6, 7), (23, 29)), (3, (5, 9), (40, 31)), (4, (8, 8), (64, 64))):
@@ -165,11 +243,11 @@ def peak(run):
     return most, max(size for _, size in sizes)
 
 
-def test_peak_memory_of_a_compiled_step(monkeypatch):
+@pytest.mark.parametrize("loss", [OhemCrossEntropyLoss(), Pair()])
+def test_peak_memory_of_a_compiled_step(monkeypatch, loss):
     """Measured, in a whole step with inductor: far below one tensor of upsampled logits."""
-    logits, target = batch((2, 40, 16, 24), (128, 192))
+    logits, target = batch((2, 40, 16, 24), (256, 192))
     full = 4 * 40 * target.numel()
-    loss = OhemCrossEntropyLoss()
 
     def step(function):
         return lambda: value_and_grad(function, logits, target)
@@ -186,6 +264,32 @@ def test_peak_memory_of_a_compiled_step(monkeypatch):
     assert largest <= max(4 * 2**18, 8 * target.numel())  # a band, or a map of int64
     monkeypatch.setenv("OHEM_MM_BACKEND", "eager")
     assert peak(step(loss))[0] > 2 * full  # what is measured would show
+
+
+def test_a_compiled_head_with_both_losses_holds_no_upsampled_logits():
+    pytest.importorskip("mmseg.models")
+    from mmengine.registry import init_default_scope
+
+    from ohem_mm.bench.heads import bare_head, make_samples
+    from ohem_mm.hooks.fused import fuse_heads
+
+    init_default_scope("mmseg")
+    ours = [{"type": "ohem_mm.OhemCrossEntropyLoss"}, {"type": "ohem_mm.RegionLoss"}]
+    head = bare_head(5, ours)
+    assert fuse_heads(torch.nn.Sequential(head), []) == [("0 (FCNHead)", "fused")]
+    logits, target = batch(size=(46, 58))
+    data = make_samples(target)
+
+    def step(logits):
+        losses = head.loss_by_feat(logits, data)
+        return torch.stack([losses[f"loss_{name}"] for name in ("ohem", "region")])
+
+    expected = value_and_grad(step, logits)
+    graphs = Graphs()
+    result = value_and_grad(torch.compile(step, fullgraph=True, backend=graphs), logits)
+    torch.testing.assert_close(result, expected)
+    assert graphs.operators == SUMS
+    assert graphs.largest <= target.numel()
 
 
 def test_a_compiled_network_trains_as_it_does_uncompiled():
@@ -239,6 +343,28 @@ def test_operators_keep_their_promises(dtype, smoothing, use_sigmoid):
     torch.library.opcheck(compiled._backward, inputs)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "channels", "options", "weighted"),
+    [
+        (torch.bfloat16, 3, (False, False, 0.1, None, True, False), True),
+        (torch.float32, 1, (True, False, 0.0, 0.0, False, True), False),
+        (torch.float64, 3, (False, True, 0.0, 0.1, True, True), False),
+    ],
+)
+def test_region_operators_keep_their_promises(dtype, channels, options, weighted):
+    logits, target = batch((2, channels, 4, 3), (9, 7), dtype)
+    weight = torch.rand(target.shape) if weighted else None
+    inputs = (logits, target, target != 255, weight, *options)
+    torch.library.opcheck(compiled_region._forward, inputs)
+    torch.library.opcheck(compiled_region._forward, (logits.requires_grad_(), *inputs[1:]))
+    intersection, predicted, _, _, loss, _ = compiled_region._forward(*inputs)
+    pair = options[3] is not None
+    grads = [torch.rand_like(intersection), torch.rand_like(predicted) if pair else None]
+    grads.append(torch.rand_like(loss) if pair else None)
+    inputs = (*grads, logits.detach(), *inputs[1:4], loss.detach(), *options)
+    torch.library.opcheck(compiled_region._backward, inputs)
+
+
 def test_a_second_derivative_of_the_operator_is_refused():
     logits, target = batch(dtype=torch.float64)
     logits.requires_grad_()
@@ -248,24 +374,46 @@ def test_a_second_derivative_of_the_operator_is_refused():
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(strict):
-    logits, target = batch()
-    loss = OhemCrossEntropyLoss(min_kept=0.5, pool="class")
+def test_a_second_derivative_of_the_region_operator_is_refused():
+    logits, target = batch(dtype=torch.float64)
+    logits.requires_grad_()
+    options = (False, False, 0.0, None, False, False)
+    predicted = compiled_region._forward(logits, target, target != 255, None, *options)[1]
+    (grad,) = torch.autograd.grad(predicted[0, 0], logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("loss", "operator", "strict"),
+    [
+        (OhemCrossEntropyLoss(min_kept=0.5, pool="class"), OPERATOR, False),
+        (OhemCrossEntropyLoss(min_kept=0.5, pool="class"), OPERATOR, True),
+        (Pair({"min_kept": 0.5}, {"kind": "tversky"}), SUMS[0], True),
+    ],
+)
+def test_export(loss, operator, strict):
     images, h, w = (torch.export.Dim(name, min=2) for name in ("images", "h", "w"))
     shapes = {"pred": {0: images, 2: h, 3: w}, "target": {0: images, 1: 4 * h, 2: 4 * w}}
     logits, target = batch((2, 5, 6, 7), (24, 28))
     program = torch.export.export(loss, (logits, target), dynamic_shapes=shapes, strict=strict)
-    assert OPERATOR in [str(node.target) for node in program.graph.nodes]
+    operators = [str(node.target) for node in program.graph.nodes if "ohem_mm" in str(node.target)]
+    assert operators == [operator]
     for shape in ((2, 5, 6, 7), (3, 5, 4, 9)):
         logits, target = batch(shape, (4 * shape[2], 4 * shape[3]))
         expected = value_and_grad(loss, logits, target)
         torch.testing.assert_close(value_and_grad(program.module(), logits, target), expected)
 
 
-@pytest.mark.parametrize("pool", ["batch", "image", "class"])
-def test_tensors_without_values(pool):
-    loss = OhemCrossEntropyLoss(min_kept=0.5, pool=pool)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(OhemCrossEntropyLoss(min_kept=0.5, pool=pool) for pool in ("batch", "image", "class")),
+        RegionLoss(pool="image", use_sigmoid=True),
+        Pair(),
+    ],
+)
+def test_tensors_without_values(loss):
     logits, target = batch()
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(logits.requires_grad_())
@@ -281,7 +429,10 @@ def test_eager_mode_does_without_the_operators(monkeypatch):
     def refuse(*_):
         raise AssertionError("an operator was called")
 
-    monkeypatch.setattr(compiled, "_forward", refuse)
-    monkeypatch.setattr(compiled, "_backward", refuse)
+    for module in (compiled, compiled_region):
+        monkeypatch.setattr(module, "_forward", refuse)
+        monkeypatch.setattr(module, "_backward", refuse)
     assert ops.kept_cross_entropy is compiled.kept_cross_entropy
-    value_and_grad(OhemCrossEntropyLoss(), *batch())
+    assert ops.kept_pair is compiled_region.kept_pair
+    for loss in (OhemCrossEntropyLoss(), RegionLoss(), Pair()):
+        value_and_grad(loss, *batch())

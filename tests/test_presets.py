@@ -18,7 +18,7 @@ from draws import PURE_TOPK, draw, fingerprint
 from torch.nn import functional as F
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy
-from ohem_mm.bench import edge_cases
+from ohem_mm.bench.edge_cases import ohem as edge_cases
 from ohem_mm.presets import PRESETS, preset_rule
 from ohem_mm.reference import ORIGINALS
 from ohem_mm.rule import OhemRule

@@ -160,6 +160,15 @@ def test_bad_loss_setting_is_named_with_its_place(tool, option, expected):
     assert expected in last
 
 
+def test_bad_setting_of_one_of_several_losses_is_named_with_its_place():
+    losses = [dict(type="OhemCrossEntropyLoss"), dict(type="ohem_mm.RegionLoss", kind="iou")]
+    cfg = Config(dict(model=dict(decode_head=dict(loss_decode=losses))))
+    with pytest.raises(cli.UserError, match=r"^model\.decode_head\.loss_decode\.1: kind .*'iou'"):
+        cli.check_losses(cfg)
+    losses[1]["kind"] = "dice"
+    cli.check_losses(Config(dict(model=dict(decode_head=dict(loss_decode=losses)))))
+
+
 def test_bad_hook_setting_is_named_with_its_place():
     good = {"type": "FusedOhemHook", "priority": "LOW"}
     cli.check_hooks(Config({"custom_hooks": [good, {"type": "SyncBuffersHook"}]}))

@@ -18,9 +18,10 @@ from ..rule import OhemRule
 from ..tracing import is_traced, is_transformed
 from . import triton
 from .compiled import kept_cross_entropy
+from .compiled_region import kept_class_sums, kept_pair
 from .eager import full_cross_entropy, upsampled
 from .portable import Options, banded_cross_entropy
-from .portable_region import banded_class_sums, banded_pair
+from .portable_region import PassOptions, banded_class_sums, banded_pair
 from .region import Overlap, Sums, full_class_sums
 
 __all__ = [
@@ -106,11 +107,11 @@ def choose_backend(
     ``triton`` is the path of the GPU. Before its first use for a dtype and a number of channels, it
     has to pass a trial on the device, whose verdict is kept for the process; the sums of overlap
     losses have kernels, a trial and a verdict of their own. ``portable`` works in bands of rows and
-    never holds the upsampled logits; it is the default for 2-D maps elsewhere. For cross-entropies,
-    both are single operators in a compiled or exported model. ``eager`` holds the upsampled logits;
-    it is the default for all other shapes and within transforms of ``torch.func``. The environment
-    variable ``OHEM_MM_BACKEND`` names the one that is wanted; where it cannot work, one line is
-    logged and another is used.
+    never holds the upsampled logits; it is the default for 2-D maps elsewhere. Both are single
+    operators in a compiled or exported model; the sums of overlap losses take ``portable`` there.
+    ``eager`` holds the upsampled logits; it is the default for all other shapes and within
+    transforms of ``torch.func``. The environment variable ``OHEM_MM_BACKEND`` names the one that is
+    wanted; where it cannot work, one line is logged and another is used.
 
     Args:
         logits: Shape (N, C, ...).
@@ -314,9 +315,10 @@ def class_sums(
     """
     if is_transformed():
         raise RuntimeError("torch.func cannot transform the region term: it has no rules for it.")
-    backend = "eager"  # neither of the others is an operator that a compiler could keep
-    if not is_traced(logits):
-        backend = choose_backend(logits, overlap.use_sigmoid, size=target.shape[1:], sums=overlap)
+    if is_traced(logits) and _in_bands(logits):  # Triton's kernels are no operator
+        options = PassOptions(overlap, None, count_hits, align_corners)
+        return kept_class_sums(logits, target, valid, weight, options)
+    backend = choose_backend(logits, overlap.use_sigmoid, size=target.shape[1:], sums=overlap)
     if backend == "triton":
         return triton.class_sums(
             logits,
@@ -387,15 +389,9 @@ def shared_pass(
     Returns:
         Both; or None where this backend has no common pass.
     """
-    if is_traced(logits) or choose_backend(logits, overlap.use_sigmoid) != "portable":
+    if choose_backend(logits, overlap.use_sigmoid) != "portable":
         return None
-    sums, mined, loss, hits = banded_pair(
-        logits,
-        target,
-        valid,
-        overlap,
-        label_smoothing=label_smoothing,
-        align_corners=align_corners,
-        count_hits=count_hits,
-    )
+    pair = kept_pair if is_traced(logits) else banded_pair
+    options = PassOptions(overlap, label_smoothing, count_hits, align_corners)
+    sums, mined, loss, hits = pair(logits, target, valid, options)
     return Shared(overlap, label_smoothing, sums, mined, loss, hits)

@@ -16,18 +16,6 @@ from .portable import Source
 from .region import Overlap, Sums, class_sums, logit_gradient, masked, refuse_graph, sum_dtype
 
 
-class CrossEntropy(NamedTuple):
-    """What is wanted of the cross-entropy beside the sums.
-
-    Attributes:
-        smoothing: Label smoothing.
-        count_hits: Count the pixels that are classified correctly.
-    """
-
-    smoothing: float = 0.0
-    count_hits: bool = False
-
-
 def banded_class_sums(
     logits: Tensor,
     target: Tensor,
@@ -52,67 +40,69 @@ def banded_class_sums(
     Returns:
         The sums, whose groups are the images, and the hits or None.
     """
-    out = _Bands.apply(  # type: ignore[no-untyped-call]
-        logits, target, valid, weight, _Options(overlap, None, count_hits, align_corners)
-    )
+    options = PassOptions(overlap, None, count_hits, align_corners)
+    out = Passes.apply(logits, target, valid, weight, options)  # type: ignore[no-untyped-call]
     return Sums(*out[:3]), out[3] if count_hits else None
 
 
 def banded_pair(
-    logits: Tensor,
-    target: Tensor,
-    valid: Tensor,
-    overlap: Overlap,
-    *,
-    label_smoothing: float = 0.0,
-    align_corners: bool = False,
-    count_hits: bool = False,
+    logits: Tensor, target: Tensor, valid: Tensor, options: PassOptions
 ) -> tuple[Sums, Tensor, Tensor, Tensor | None]:
     """The sums of each image and the cross-entropy of each pixel.
 
     Args:
-        logits: As :func:`banded_class_sums` takes it, as for the other arguments.
+        logits: As :func:`banded_class_sums` takes it.
         target: As there.
         valid: As there.
-        overlap: Which sums.
-        label_smoothing: Label smoothing of the cross-entropy.
-        align_corners: As there.
-        count_hits: As there.
+        options: What is wanted, with ``smoothing``.
 
     Returns:
         The sums; and ``mined``, ``loss`` and ``hits`` as :func:`ohem_mm.ops.pixel_cross_entropy`
         returns them.
     """
-    options = _Options(overlap, label_smoothing, count_hits, align_corners)
-    out = _Bands.apply(logits, target, valid, None, options)  # type: ignore[no-untyped-call]
-    loss, mined = out[4:]
-    return (
-        Sums(*out[:3]),
-        mined if label_smoothing else loss.detach(),
-        loss,
-        (out[3] if count_hits else None),
-    )
+    out = Passes.apply(logits, target, valid, None, options)  # type: ignore[no-untyped-call]
+    return pair_of(out, options)
 
 
-class _Options(NamedTuple):
+class PassOptions(NamedTuple):
+    """Settings of both passes.
+
+    Attributes:
+        overlap: Which sums.
+        smoothing: Label smoothing of the cross-entropy; None where it is not wanted.
+        count_hits: As :func:`banded_class_sums` takes it.
+        align_corners: As there.
+    """
+
     overlap: Overlap
-    smoothing: float | None  # of the cross-entropy; None: not wanted
+    smoothing: float | None
     count_hits: bool
     align_corners: bool
 
 
-class _Bands(torch.autograd.Function):
+def pair_of(
+    out: tuple[Tensor, ...], options: PassOptions
+) -> tuple[Sums, Tensor, Tensor, Tensor | None]:
+    """What :func:`banded_pair` returns, of what the forward pass gives."""
+    loss, mined = out[4:]
+    hits = out[3] if options.count_hits else None
+    return Sums(*out[:3]), mined if options.smoothing else loss.detach(), loss, hits
+
+
+class Passes(torch.autograd.Function):
+    """Both passes; ``ops.compiled`` makes operators of them."""
+
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         target: Tensor,
         valid: Tensor,
         weight: Tensor | None,
-        options: _Options,
+        options: PassOptions,
     ) -> tuple[Tensor, ...]:
-        overlap, smoothing, count_hits, _ = options
-        source = Source(logits, target.shape[1:], options.align_corners)
+        """The three sums, the hits, and the loss with smoothing and without, or nothing."""
+        overlap, smoothing, count_hits, align_corners = options
+        source = Source(logits, target.shape[1:], align_corners)
         pair = smoothing is not None
         loss = torch.empty(target.shape if pair else 0, dtype=source.dtype, device=logits.device)
         mined = torch.empty_like(loss) if smoothing else loss.new_empty(0)
@@ -146,25 +136,45 @@ class _Bands(torch.autograd.Function):
             for whole, part in zip(total, sums, strict=True):
                 whole[n] += part
             hits += found
-        ctx.save_for_backward(logits, target, valid, weight, loss)
-        ctx.options = options
-        ctx.mark_non_differentiable(total[2], hits, mined)
-        ctx.set_materialize_grads(False)
         return *total, hits, loss, mined
 
     @staticmethod
-    def backward(
-        ctx: Any,
-        by_intersection: Tensor | None,
-        by_predicted: Tensor | None,
-        _counts: None,
-        _hits: None,
-        by_loss: Tensor | None,
-        _mined: None,
-    ) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the backward pass needs."""
+        *tensors, ctx.options = inputs
+        _, _, counts, hits, loss, mined = output
+        ctx.save_for_backward(*tensors, loss)
+        ctx.mark_non_differentiable(counts, hits, mined)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *by_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient by the logits, of the sums and the loss together."""
         refuse_graph()
-        logits, target, valid, weight, loss = ctx.saved_tensors
-        overlap, smoothing, _, align_corners = ctx.options
+        by_intersection, by_predicted, _, _, by_loss, _ = by_output
+        grads = by_intersection, by_predicted, by_loss
+        grad = Passes.gradient(grads, ctx.saved_tensors, ctx.options)
+        return grad, None, None, None, None
+
+    @staticmethod
+    def gradient(
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+        saved: tuple[Any, ...],
+        options: PassOptions,
+    ) -> Tensor:
+        """The gradient by the logits, contiguous and in their dtype.
+
+        Args:
+            grads: Derivatives by ``intersection``, ``predicted`` and the loss.
+            saved: The inputs of the forward pass, and its loss.
+            options: As there.
+
+        Returns:
+            Shape (N, C, h, w).
+        """
+        by_intersection, by_predicted, by_loss = grads
+        logits, target, valid, weight, loss = saved
+        overlap, smoothing, _, align_corners = options
         source = Source(logits, target.shape[1:], align_corners)
         grad = torch.zeros_like(logits, dtype=source.dtype, memory_format=torch.contiguous_format)
         zero = grad.new_zeros(len(logits), logits.shape[1])
@@ -192,7 +202,7 @@ class _Bands(torch.autograd.Function):
             if part is not None:
                 n, near, low = part
                 grad[n, :, near] += low
-        return grad.to(logits.dtype), None, None, None, None
+        return grad.to(logits.dtype)
 
 
 def _band(

@@ -1,4 +1,4 @@
-"""Print the table of edge cases: what each overlap loss does where most of them break.
+"""The table of edge cases: what each overlap loss does where most of them break.
 
 Ours and those of other packages are run as installed; what is not installed is named and left out.
 JDTLosses, which no registry has, is run as it is restated in ``ohem_mm.reference``. The others need
@@ -8,7 +8,6 @@ JDTLosses, which no registry has, is run as it is restated in ``ohem_mm.referenc
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,17 +16,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ohem_mm import RegionLoss, reference
+from ohem_mm.bench.edge_cases import markdown, tried
 from ohem_mm.bench.peers import submodule
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Any]
 
 
 class Case(NamedTuple):
-    """Logits (1, C, H, W), labels (1, H, W) with 255 for ignored, and how the result is shown."""
+    """Logits (1, C, H, W) and labels (1, H, W), with 255 for ignored.
+
+    With ``other``, the change of the loss is shown that those logits make.
+    """
 
     logits: Tensor
     target: Tensor
-    show: str = "loss"
     other: Tensor | None = None
 
 
@@ -58,7 +60,7 @@ def cases() -> dict[str, Case]:
         ),
         "one valid pixel": Case(logits, one),
         "all ignored": Case(logits, torch.full_like(target, 255)),
-        "other logits at ignored pixels": Case(logits, target, "change", void),
+        "other logits at ignored pixels": Case(logits, target, other=void),
         "NaN at an ignored pixel": Case(at_ignored, target),
         "NaN at a valid pixel": Case(at_valid, target),
         "uint8 labels": Case(logits, target.to(torch.uint8)),
@@ -70,7 +72,7 @@ def cases() -> dict[str, Case]:
 def ours(**rule: Any) -> Loss:
     """This package, with settings."""
 
-    def call(logits: Tensor, target: Tensor) -> Tensor:
+    def call(logits: Tensor, target: Tensor) -> Any:
         return RegionLoss(use_sigmoid=logits.shape[1] == 1, **rule)(logits, target)
 
     return call
@@ -80,7 +82,7 @@ def smp() -> Loss:
     """DiceLoss of segmentation_models_pytorch."""
     kind = submodule("segmentation_models_pytorch", "losses").DiceLoss
 
-    def call(logits: Tensor, target: Tensor) -> Tensor:
+    def call(logits: Tensor, target: Tensor) -> Any:
         mode = "binary" if logits.shape[1] == 1 else "multiclass"
         return kind(mode, ignore_index=255)(logits, target)
 
@@ -91,7 +93,7 @@ def monai() -> Loss:
     """DiceLoss of MONAI over the batch."""
     kind = importlib.import_module("monai.losses").DiceLoss
 
-    def call(logits: Tensor, target: Tensor) -> Tensor:
+    def call(logits: Tensor, target: Tensor) -> Any:
         one = logits.shape[1] == 1
         loss = kind(softmax=not one, sigmoid=one, to_onehot_y=not one, batch=True, ignore_index=255)
         return loss(logits, target[:, None])
@@ -103,7 +105,7 @@ def nnunet() -> Loss:
     """MemoryEfficientSoftDiceLoss of nnU-Net, with batch_dice and a mask, plus 1."""
     kind = submodule("nnunetv2", "training.loss.dice").MemoryEfficientSoftDiceLoss
 
-    def call(logits: Tensor, target: Tensor) -> Tensor:
+    def call(logits: Tensor, target: Tensor) -> Any:
         one = logits.shape[1] == 1
         loss = kind(
             torch.sigmoid if one else lambda z: z.softmax(1),
@@ -122,7 +124,7 @@ def mmseg(name: str, **settings: Any) -> Loss:
     """A loss of mmseg."""
     losses = importlib.import_module("mmseg.models.losses")
 
-    def call(logits: Tensor, target: Tensor) -> Tensor:
+    def call(logits: Tensor, target: Tensor) -> Any:
         one = logits.shape[1] == 1
         more = {"use_sigmoid": one} if name == "DiceLoss" else {}
         return getattr(losses, name)(**settings, **more)(logits, target)
@@ -149,44 +151,28 @@ IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
 
 
 def cell(loss: Loss, case: Case) -> str:
-    """Run one implementation on one case and say what came out."""
-    logits = case.logits.clone().requires_grad_()
-    try:
-        value = loss(logits, case.target.clone())
-        if not value.requires_grad:
-            return f"{value.item():.3g}, no gradient"
-        value.backward()
-        if case.show == "change":
-            assert case.other is not None
-            change = loss(case.other, case.target.clone()).item() - value.item()
+    """What one implementation does on one case: the loss, and what is odd about the gradient."""
+
+    def describe(value: Tensor, grad: Tensor) -> str:
+        if case.other is not None:
+            change = (loss(case.other, case.target.clone()) - value).item()
             return "no change" if abs(change) < 1e-6 else f"{change:+.3f}"
-    except Exception as error:
-        return f"raises {type(error).__name__}"
-    grad = torch.zeros_like(logits) if logits.grad is None else logits.grad
-    words = f"{value.item():.3g}"
-    if not grad.isfinite().all():
-        words += ", NaN gradient"
-    elif not grad.any():
-        words += ", gradient 0"
-    return words
+        odd = "" if grad.any() else ", gradient 0"
+        return f"{value.item():.3g}{odd if grad.isfinite().all() else ', NaN gradient'}"
+
+    return tried(lambda z: loss(z, case.target.clone()), case.logits, describe)
 
 
 def table() -> str:
     """The whole table, in Markdown: a row for each case, and what is missing."""
-    losses, missing = {}, []
+    losses, missing = {}, ""
     for name, make in IMPLEMENTATIONS.items():
         try:
             losses[name] = make()
         except ImportError as error:
-            missing.append(f"{name}: {error}")
-    rows = [["", *losses], ["---"] * (len(losses) + 1)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, case in cases().items():
-            rows.append([name, *(cell(loss, case) for loss in losses.values())])
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return text + "".join(f"\n\nNot installed: {line}" for line in missing)
+            missing += f"\n\nNot installed: {name}: {error}"
 
+    def row(_: str, case: Case) -> list[str]:
+        return [cell(loss, case) for loss in losses.values()]
 
-if __name__ == "__main__":
-    print(table())
+    return markdown(losses, cases(), row) + missing
