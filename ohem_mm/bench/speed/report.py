@@ -26,8 +26,6 @@ AXES = {
 }
 
 Row = dict[str, Any]
-
-
 read, append = Rows(COLUMNS).read, Rows(COLUMNS).append
 
 
