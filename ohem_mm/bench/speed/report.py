@@ -168,8 +168,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
                 panel.set(xscale="log", yscale="log", xlabel=AXES[sweep])
                 unit = {"time": "head step, ms", "memory": "peak above input, MiB"}
                 panel.set_ylabel(unit[metric])
-            title = f"Upsampling, loss, acc_seg and backward; {where}"
-            figure.suptitle(title, fontsize=10)
+            figure.suptitle(f"Upsampling, loss, acc_seg and backward; {where}", fontsize=10)
             handles = panels[0].get_legend_handles_labels()
             figure.legend(*handles, loc="outside lower center", ncols=4)
             device = re.sub(r"[^a-z0-9]+", "-", group[0]["device_name"].lower()).strip("-")

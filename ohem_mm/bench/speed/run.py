@@ -174,7 +174,7 @@ def measure(
     def add(provider: str, acc_seg: bool, mode: str, metric: str, values: list[float]) -> None:
         numbers = torch.tensor(values, dtype=torch.float64)
         quantiles = numbers.quantile(numbers.new_tensor([0.5, 0.2, 0.8])).tolist()
-        row = {"kernel": point.kernel, "provider": provider, "mode": mode, "metric": metric}
+        row: Row = {"kernel": point.kernel, "provider": provider, "mode": mode, "metric": metric}
         row |= {"unit": UNITS[metric], "x": places.get(point.sweep, point.shape.pixels)}
         row |= {name: f"{v:.5g}" for name, v in zip(("p50", "p20", "p80"), quantiles, strict=True)}
         rows.append({**row, "config": json.dumps({**config, "acc_seg": acc_seg})})
