@@ -19,8 +19,10 @@ pytest.importorskip("matplotlib")
 
 from ohem_mm import cli
 from ohem_mm.bench import files, jobs, plots, report
-from ohem_mm.bench.jobs import Plan, run_benchmark
+from ohem_mm.bench.jobs import run_benchmark
+from ohem_mm.bench.plan import Plan
 from ohem_mm.bench.records import read_records
+from ohem_mm.bench.results import select
 from ohem_mm.bench.tuning import choose, drops
 from ohem_mm.config import config_path
 from ohem_mm.disk import write_json
@@ -317,7 +319,7 @@ def test_choosing_on_the_reported_split_is_possible_and_told():
     runs = all_records(benchmark)
     choices = choose(benchmark, runs, benchmark.variants)
     assert {choice.best for choice in choices.values()} == {0.1}
-    text = report.markdown(report.select(benchmark, runs))
+    text = report.markdown(select(benchmark, runs))
     assert "made on the images that are reported (test), so the scores are too high" in text
 
 
@@ -399,7 +401,7 @@ def test_one_shared_value(ran, monkeypatch):
     benchmark = bench()
     run_benchmark(benchmark, arguments(at=0.01), Path("tuned.jsonl"))
     assert ran == [(name, 0.01, seed) for seed in (0, 1, 2) for name in ("ce", "ours", "weak")]
-    results = report.select(benchmark, read_records(Path("tuned.jsonl")), at=0.01)
+    results = select(benchmark, read_records(Path("tuned.jsonl")), at=0.01)
     text = report.markdown(results)
     assert text.startswith("### tuned, all at lr 0.01\n\n**All variants share lr 0.01: ")
     assert "chosen by" not in text
@@ -449,7 +451,7 @@ def test_every_cell_of_a_grid_is_tuned_by_itself(ran, monkeypatch):
     # The classes are counted in each of the data sets.
     shares = {run["variant"].partition(",")[2]: run["counted"] for run in records}
     assert sum(shares["rare=25"][6:]) < 0.7 * sum(shares["rare=100"][6:])
-    text = report.markdown(report.select(benchmark, records))
+    text = report.markdown(select(benchmark, records))
     assert "mIoU, ohem minus plain CE:" in text
     assert (
         "No further seeds for weak, rare 25: at its best it lies 5.00 points behind plain CE, "
@@ -463,7 +465,7 @@ def test_every_cell_of_a_grid_is_tuned_by_itself(ran, monkeypatch):
 def test_report_of_a_tuned_benchmark():
     benchmark = bench()
     runs = all_records(benchmark)
-    text = report.markdown(report.select(benchmark, runs))
+    text = report.markdown(select(benchmark, runs))
     table = text.split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     header, _, plain, ours, weak = cells
@@ -484,14 +486,14 @@ def test_report_of_a_tuned_benchmark():
     assert "Not tuned yet" not in text
     # 13 runs; 7 are in the table.
     assert "13 runs, 6 of them to tune, 14:05 in all" in text
-    assert report.markdown(report.select(benchmark, runs[::-1])) == text
-    assert report.markdown(report.select(benchmark, json.loads(json.dumps(runs)))) == text
+    assert report.markdown(select(benchmark, runs[::-1])) == text
+    assert report.markdown(select(benchmark, json.loads(json.dumps(runs)))) == text
 
 
 def test_report_while_it_is_being_tuned():
     benchmark = bench()
     runs = [run for run in all_records(benchmark) if place(run) in TUNING[:4]]
-    text = report.markdown(report.select(benchmark, runs))
+    text = report.markdown(select(benchmark, runs))
     assert "Not tuned yet: ohem (lr 0.01, seed 0; lr 0.1, seed 0); weak (lr 0.001, seed 0; " in text
     assert "Not run yet: plain CE (seed 1, 2)." in text
     assert "| ohem     | **61.00** |         - |      - |" in text
@@ -503,7 +505,7 @@ def test_report_while_it_is_being_tuned():
 def test_a_report_before_anything_is_chosen():
     benchmark = bench(("0.1]}", "0.1], seeds: [0, 9]}"))
     with pytest.raises(cli.UserError, match=r"no value of 'tuned' .* yet; go on with: "):
-        report.select(benchmark, all_records(bench()))
+        select(benchmark, all_records(bench()))
 
 
 def test_seeds_that_only_choose_are_not_reported():
@@ -512,7 +514,7 @@ def test_seeds_that_only_choose_are_not_reported():
     for run in runs:
         if place(run) in TUNING:
             run["seed"] = 7
-    results = report.select(benchmark, runs)
+    results = select(benchmark, runs)
     assert {name: list(seeds) for name, seeds in results.runs.items()} == {
         "ce": [1, 2],
         "ours": [1, 2],
@@ -529,23 +531,23 @@ def test_records_of_another_version_are_no_rivals():
     ]
     for run in old:
         run["curve"] = [[8, 99.0]]
-    text = report.markdown(report.select(benchmark, [*old, *runs]))
+    text = report.markdown(select(benchmark, [*old, *runs]))
     assert "2 records" not in text
     left_out = f"{len(old)} records of earlier versions of the configs are left out."
     assert left_out in text
-    assert text.replace(f" {left_out}", "") == report.markdown(report.select(benchmark, runs))
+    assert text.replace(f" {left_out}", "") == report.markdown(select(benchmark, runs))
     # And records from before there was a tune are no part of it.
     plain = {key: value for key, value in runs[0].items() if key not in ("tuned", "untuned_hash")}
-    assert report.markdown(report.select(benchmark, [plain, *runs])) == report.markdown(
-        report.select(benchmark, runs)
+    assert report.markdown(select(benchmark, [plain, *runs])) == report.markdown(
+        select(benchmark, runs)
     )
     without = bench((f"tune: {{key: {LR}, values: [0.001, 0.01, 0.1]}}\n", ""))
-    assert report.select(without, [*runs, plain]).records == [plain]
+    assert select(without, [*runs, plain]).records == [plain]
 
 
 def test_plot_of_tuning():
     benchmark = bench()
-    results = report.select(benchmark, all_records(benchmark))
+    results = select(benchmark, all_records(benchmark))
     (axis,) = plots._draw_tuning(results).axes
     lines = [line for line in axis.lines if len(line.get_xdata()) > 1]
     assert [line.get_label() for line in lines] == ["plain CE", "ohem", "weak"]

@@ -24,7 +24,8 @@ from ohem_mm.bench import files, plots, report
 from ohem_mm.bench import records as recs
 from ohem_mm.bench import text as words
 from ohem_mm.bench.job import latest_checkpoint
-from ohem_mm.bench.jobs import Plan
+from ohem_mm.bench.plan import Plan
+from ohem_mm.bench.results import select
 from ohem_mm.config import config_path
 
 ROOT = Path(__file__).parents[1]
@@ -248,7 +249,7 @@ def records():
 
 def tiny_report(records):
     bench = files.load_benchmark(write_yaml(BENCH))
-    return report.markdown(report.select(bench, records))
+    return report.markdown(select(bench, records))
 
 
 def rows(text):
@@ -346,7 +347,7 @@ def test_grid_report():
         fake(name, 0, [60.0, 50.0 + i, 10.0], name="grid", curve=[])
         for i, name in enumerate(bench.variants)
     ]
-    text = report.markdown(report.select(bench, cells[:-1]))
+    text = report.markdown(select(bench, cells[:-1]))
     assert text.count("| t   |") == 4
     # Columns are the second axis, and the third one makes the tables.
     assert "mIoU, avg all:\n\n| t   | k 1/64 | k 1/4 |\n" in text
@@ -404,7 +405,7 @@ def compared():
 
 def test_report_of_a_grid_in_which_variants_are_compared():
     bench = files.load_benchmark(write_yaml(COMPARED))
-    results = report.select(bench, list(compared()))
+    results = select(bench, list(compared()))
     text = report.markdown(results)
     assert (
         "mIoU, plain CE:\n\n"
@@ -436,7 +437,7 @@ def test_report_of_a_grid_in_which_variants_are_compared():
     assert {("+5.0", "bold"), ("+2.0", "normal"), ("+0.0", "normal"), ("65.0", "normal")} <= words
     # Runs of other seeds than the baseline's say nothing of the noise.
     one = [run for run in compared() if run["variant"][:2] == "ce" or run["seed"] == 0]
-    assert "Noise" not in report.markdown(report.select(bench, one))
+    assert "Noise" not in report.markdown(select(bench, one))
 
 
 def test_pooled_spread():
@@ -455,8 +456,8 @@ def test_plots_are_the_same_bytes_every_time(records):
     grid = files.load_benchmark(write_yaml(GRID, "grid.yaml"))
     cells = [fake(name, 0, [60.0, 50.0, 10.0], name="grid") for name in grid.variants]
     for _ in range(2):
-        drawings = plots.plot(report.select(bench, records), Path("plots"))
-        drawings += plots.plot(report.select(grid, cells), Path("plots"))
+        drawings = plots.plot(select(bench, records), Path("plots"))
+        drawings += plots.plot(select(grid, cells), Path("plots"))
         names = [file.name for file in drawings]
         assert names == ["tiny-classes.svg", "tiny-curves.svg", "grid-grid.svg"]
         drawn = [file.read_bytes() for file in drawings]
@@ -504,7 +505,7 @@ def test_committed_tables_are_what_the_records_give(name, text):
     )
     bench = files.load_benchmark(str(path))
     records = recs.read_records(bench.path.with_suffix(".jsonl"))
-    assert report.markdown(report.select(bench, records)) == text
+    assert report.markdown(select(bench, records)) == text
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -600,7 +601,7 @@ def test_killed_runs_go_on(tmp_path):
         batches = [by_job[variant, seed]["batches"] for variant in ("ce", "ours")]
         assert 5 <= min(map(len, batches)) <= 10
         assert all(a == b for a, b in zip(*batches, strict=False))
-    text = report.markdown(report.select(files.load_benchmark("small.yaml"), records))
+    text = report.markdown(select(files.load_benchmark("small.yaml"), records))
     assert "Runs of one seed have the same initial weights and order of the images." in text
 
     # The same command again runs nothing, and prints the same report as report does.

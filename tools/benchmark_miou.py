@@ -28,6 +28,7 @@ from ohem_mm.bench.files import load_benchmark
 from ohem_mm.bench.jobs import run_benchmark
 from ohem_mm.bench.progress import say
 from ohem_mm.bench.records import read_records
+from ohem_mm.bench.results import select
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,7 +108,7 @@ def main() -> None:
             raise cli.UserError("--jobs and --gpus must be 1 or more")
         args.metric = benchmark.metric
         run_benchmark(benchmark, args, records)
-    results = report.select(benchmark, read_records(records), args.at)
+    results = select(benchmark, read_records(records), args.at)
     text = report.markdown(results)
     if args.command == "report" and args.write:
         report.write(args.write, benchmark.name, text)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -26,7 +25,7 @@ import torch
 from ohem_mm import cli
 from ohem_mm.bench.provenance import provenance
 from ohem_mm.cli.checkpoints import numbered
-from ohem_mm.disk import write_json
+from ohem_mm.disk import read_json, write_json
 from ohem_mm.system import lock, peak_resident
 
 # After cli, which says what to install when mmengine is missing.
@@ -67,24 +66,18 @@ class JobHook(Hook):  # type: ignore[misc]
         if runner.iter == 0:
             model = getattr(runner.model, "module", runner.model)
             # Parameters alone: a loss may keep settings (class weights) in buffers.
-            weights = digest(model.parameters())
-            self.notes = {"weights": weights, "order": "", "batches": []}
-            self.notes |= {"curve": [], "memory": 0.0, "resumed": []}
+            self.notes = {"weights": digest(model.parameters()), "order": "", "memory": 0.0}
+            self.notes |= {"batches": [], "curve": [], "resumed": []}
         else:
             self.notes = runner.message_hub.get_info("benchmark")
             self.notes["resumed"].append(runner.iter)
         runner.message_hub.update_info("benchmark", self.notes)
-        loop = runner.train_loop
-        interval = getattr(loop, "val_interval", 0)
+        loop, done = runner.train_loop, runner.iter
         # The checkpoint of an iteration is written before its validation.
-        if (
-            runner.iter > 0
-            and runner.val_loop is not None
-            and type(loop).__name__ == "IterBasedTrainLoop"
-            and runner.iter >= loop.val_begin
-            and (runner.iter % interval == 0 or runner.iter == loop.max_iters)
-        ):
-            runner.val_loop.run()
+        if done and runner.val_loop and type(loop).__name__ == "IterBasedTrainLoop":
+            due = done % loop.val_interval == 0 or done == loop.max_iters
+            if done >= loop.val_begin and due:
+                runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Fingerprint the order of the images, and the content of the first batches."""
@@ -107,8 +100,7 @@ class JobHook(Hook):  # type: ignore[misc]
 
     def after_val_iter(self, runner: Any, batch_idx: int, **_: Any) -> None:
         """Report progress."""
-        text = f"validate {batch_idx + 1}/{len(runner.val_dataloader)}"
-        self.progress(runner, text, runner.iter)
+        self.progress(runner, f"validate {batch_idx + 1}/{len(runner.val_dataloader)}", runner.iter)
 
     def after_test_iter(self, runner: Any, batch_idx: int, **_: Any) -> None:
         """Report progress."""
@@ -125,9 +117,8 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     """A short hash of the bytes of some tensors."""
     total = hashlib.sha1(usedforsecurity=False)
     for tensor in tensors:
-        total.update(
-            tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        flat = tensor.detach().cpu().reshape(-1).contiguous()
+        total.update(flat.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:12]
 
 
@@ -158,7 +149,7 @@ def run_job(file: Path) -> None:
     """Train and test one variant with one seed, and write its record beside ``file``."""
     end_with_parent()
     folder = file.parent
-    spec = json.loads(file.read_text(encoding="utf-8"))
+    spec = read_json(file)
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     with (folder / "lock").open("w") as file_lock:
         if rank == 0:
@@ -198,7 +189,7 @@ def _train_and_test(
     runner.train()
     start = time.perf_counter()
     runner.test()
-    test_seconds = time.perf_counter() - start
+    test_seconds = round(time.perf_counter() - start, 1)
     if runner.rank > 0:  # mmengine brings all results to the first process
         return {}
 
@@ -215,16 +206,16 @@ def _train_and_test(
         found = re.fullmatch(r"train/ohem/(.+)/kept_share", name)
         if found:
             shares = history.data[0]
-            kept[found.group(1)] = round(float(shares.mean()), 6)
-            # Of the last tenth of the training: what is still hard then.
-            kept_last[found.group(1)] = round(float(shares[-(len(shares) // 10 + 1) :].mean()), 6)
+            last = shares[-(len(shares) // 10 + 1) :]  # what is still hard at the end
+            kept[found[1]] = round(float(shares.mean()), 6)
+            kept_last[found[1]] = round(float(last.mean()), 6)
     notes = hub.get_info("benchmark")
     return {
         **spec["record"],
         **provenance,
         "iterations": runner.max_iters,
         "train_seconds": round(float(hub.get_scalar("train/time").data[0].sum()), 1),
-        "test_seconds": round(test_seconds, 1),
+        "test_seconds": test_seconds,
         "peak_memory_mib": round(notes["memory"], 1),
         "metrics": {
             "aAcc": percent([per_class["aAcc"]])[0],

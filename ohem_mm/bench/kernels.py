@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from ohem_mm.bench.provenance import provenance, versions
+from ohem_mm.bench.records import Rows
 from ohem_mm.bench.text import table
-from ohem_mm.disk import extend
-from ohem_mm.errors import UserError
 from ohem_mm.ops.triton.report import Row
 
 COLUMNS = [*(field.name for field in fields(Row)), "triton", "commit", "command"]
+read, append = Rows(COLUMNS).read, Rows(COLUMNS).append
 
 
 def records(rows: Iterable[Row], command: str, commit: str | None = None) -> list[dict[str, Any]]:
@@ -30,43 +27,6 @@ def records(rows: Iterable[Row], command: str, commit: str | None = None) -> lis
     commit = commit or (found["commit"] or "")[:7] + ("+" if found["dirty"] else "")
     source = {"triton": versions("triton").get("triton", ""), "commit": commit, "command": command}
     return [asdict(row) | source for row in rows]
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to the records.
-
-    Raises:
-        UserError: The file is none of this tool's.
-    """
-
-    def more(content: bytes) -> tuple[bytes, int]:
-        _parse(content, path)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if not content:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode(), 0
-
-    extend(path, more)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows of the records.
-
-    Raises:
-        UserError: There are none, or the file is none of this tool's.
-    """
-    if not path.is_file():
-        raise UserError(f"there are no records in {path} yet; run without --report")
-    return _parse(path.read_bytes(), path)
-
-
-def _parse(content: bytes, path: Path) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(content.decode(), newline=""))
-    if content and reader.fieldnames != COLUMNS:
-        raise UserError(f"{path} holds no records of this tool: its columns are others")
-    return list(reader)
 
 
 def tables(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ohem_mm.bench.report import Results, grid_maps
+from ohem_mm.bench.results import GridMap, Results, grid_maps
 from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 
 
@@ -21,26 +21,26 @@ def plot(results: Results, folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is missing.
     """
-    files = []
-    with drawing(results.benchmark.name):
-        drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
-        drawings["tune"] = _draw_tuning
-        for name, draw in drawings.items():
-            figure = draw(results)
-            if figure is not None:
-                files.append(save(figure, folder / f"{results.benchmark.name}-{name}.svg"))
-    return files
+    name = results.benchmark.name
+    drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
+    with drawing(name):
+        figures = {what: draw(results) for what, draw in {**drawings, "tune": _draw_tuning}.items()}
+        return [save(f, folder / f"{name}-{what}.svg") for what, f in figures.items() if f]
 
 
-def _plain(label: str) -> str:
-    """A label without markdown's marks for code."""
-    return label.replace("`", "")
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _label(results: Results, variant: str) -> str:
+    """Without markdown's marks for code."""
+    return results.label(variant).replace("`", "")
 
 
 def _draw_classes(results: Results) -> Any:
     """Bars: mean difference of each class to the baseline; points: seeds."""
-    from matplotlib.figure import Figure
-
     benchmark = results.benchmark
     base = benchmark.baseline
     names = [n for n in results.runs if n != base and not benchmark.variants[n].cell]
@@ -50,8 +50,7 @@ def _draw_classes(results: Results) -> Any:
     order = sorted(range(len(shares)), key=lambda i: shares[i], reverse=True)
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
-    size = (2.2 + 2.9 * columns, lines * (0.9 + 0.26 * len(order)))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(2.2 + 2.9 * columns, lines * (0.9 + 0.26 * len(order)))
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     for axis, name in zip(axes, names, strict=False):
         for row, i in enumerate(order):
@@ -64,40 +63,34 @@ def _draw_classes(results: Results) -> Any:
                 axis.scatter(values, [row] * len(values), s=9, color=COLOURS[0], zorder=3)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_title(_plain(benchmark.variants[name].label), fontsize=10)
+        axis.set_title(_label(results, name), fontsize=10)
     for axis in list(axes)[len(names) :]:
         axis.remove()
     labels = [f"{results.first['classes'][i]} ({100 * shares[i]:.2g} %)" for i in order]
-    first = figure.axes[0]
-    first.set_yticks(range(len(order)), labels)
-    first.invert_yaxis()
-    label = _plain(benchmark.variants[base].label)
-    figure.supxlabel(
-        f"{benchmark.metric[1:]} minus that of {label}, percentage points", fontsize=10
-    )
+    figure.axes[0].set_yticks(range(len(order)), labels)
+    figure.axes[0].invert_yaxis()
+    what = f"{benchmark.metric[1:]} minus that of {_label(results, base)}, percentage points"
+    figure.supxlabel(what, fontsize=10)
     return figure
 
 
 def _draw_curves(results: Results) -> Any:
     """Validation over training: mean and range over seeds."""
-    from matplotlib.figure import Figure
-
-    variants = results.benchmark.variants
     curves = {}
     for name, runs in results.runs.items():
         points: dict[int, list[float]] = {}
         for run in runs.values():
             for step, value in run["curve"]:
                 points.setdefault(step, []).append(value)
-        if len(points) > 1 and not variants[name].cell:
+        if len(points) > 1 and not results.benchmark.variants[name].cell:
             curves[name] = dict(sorted(points.items()))
     if not curves:
         return None
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = _figure(8, 4)
     axis = figure.subplots()
     for i, (name, points) in enumerate(curves.items()):
         ranges = zip(*((fmean(v), min(v), max(v)) for v in points.values()), strict=True)
-        draw_band(axis, i, _plain(variants[name].label), list(points), *ranges)
+        draw_band(axis, i, _label(results, name), list(points), *ranges)
     axis.set_xlabel("iteration")
     axis.set_ylabel(f"{results.benchmark.metric} on the validation split, %")
     figure.legend(fontsize=9, loc="outside right upper")
@@ -106,62 +99,35 @@ def _draw_curves(results: Results) -> Any:
 
 def _draw_grid(results: Results) -> Any:
     """Heat maps: a panel for each value of the third axis, a row for each thing to show."""
-    from matplotlib.figure import Figure
-
     axes, maps = results.benchmark.axes, grid_maps(results)
     if not maps:
         return None
     panels = len(maps[0].panels)
     columns = axes[1].labels if len(axes) > 1 else ("",)
     compared = bool(results.benchmark.rows)
-    size = (
+    figure = _figure(
         1.6 + panels * (0.7 + 0.75 * len(columns)),
         len(maps) * (1.0 + 0.3 * compared + 0.42 * len(axes[0].labels)),
     )
-    figure = Figure(figsize=size, layout="constrained")
     if compared:  # their names are too long for the side
         parts = list(figure.subfigures(len(maps), 1, squeeze=False)[:, 0])
         frames = [part.subplots(1, panels, squeeze=False)[0] for part in parts]
         for part, shown in zip(parts, maps, strict=True):
-            part.suptitle(_plain(shown.name), x=0.01, ha="left", fontsize=10, fontweight="bold")
+            title = shown.name.replace("`", "")
+            part.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     else:
         parts = [figure] * len(maps)
         frames = list(figure.subplots(len(maps), panels, squeeze=False))
-    differences = [
-        abs(fmean(values))
-        for shown in maps
-        if shown.is_difference
-        for _, grid in shown.panels
-        for row in grid
-        for values in row
-        if values
-    ]
-    largest = max([0.1, *differences])
+    seen = [abs(fmean(v)) for shown in maps if shown.is_difference for v in shown.cells if v]
+    largest = max([0.1, *seen])
     for part, line, shown in zip(parts, frames, maps, strict=True):
-        data = [
-            [[fmean(values) if values else math.nan for values in row] for row in grid]
-            for _, grid in shown.panels
-        ]
-        flat = [v for grid in data for row in grid for v in row if not math.isnan(v)]
+        flat = [m for m in map(fmean, filter(None, shown.cells)) if not math.isnan(m)]
         low = min(flat)
         high = max(*flat, low + 0.1)  # where all are equal, there is still a scale
         if shown.is_difference:  # white is zero, and all differences have one scale
             low, high = -largest, largest
-        colours = "PuOr" if shown.is_difference else "cividis"
-        for frame, (title, grid), values in zip(line, shown.panels, data, strict=True):
-            image = frame.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
-            for i, row in enumerate(values):
-                for j, value in enumerate(row):
-                    if shown.is_difference:
-                        ink = "white" if abs(value) > 0.6 * high else "black"
-                        words = f"{value:+.1f}"
-                        # Beyond the noise.
-                        weight = "bold" if abs(value) > shown.least(len(grid[i][j])) else "normal"
-                    else:
-                        ink = "white" if value < (low + high) / 2 else "black"
-                        words, weight = f"{value:.1f}", "normal"
-                    text = frame.text(j, i, words, ha="center", va="center", color=ink)
-                    text.set(fontsize=9, fontweight=weight)
+        for frame, (title, grid) in zip(line, shown.panels, strict=True):
+            image = _draw_heat_map(frame, shown, grid, low, high)
             frame.set_xticks(range(len(columns)), columns)
             frame.set_yticks(range(len(axes[0].labels)), axes[0].labels)
             frame.set_title(title, fontsize=10)
@@ -173,30 +139,43 @@ def _draw_grid(results: Results) -> Any:
     return figure
 
 
+def _draw_heat_map(
+    frame: Any, shown: GridMap, grid: list[list[list[float]]], low: float, high: float
+) -> Any:
+    """The mean of each cell as a colour and in figures, bold where it is beyond the noise."""
+    means = [[fmean(values) if values else math.nan for values in row] for row in grid]
+    colours = "PuOr" if shown.is_difference else "cividis"
+    image = frame.imshow(means, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for i, row in enumerate(grid):
+        for j, values in enumerate(row):
+            mean, dark, bold = means[i][j], means[i][j] < (low + high) / 2, False
+            if shown.is_difference:
+                dark, bold = abs(mean) > 0.6 * high, abs(mean) > shown.least(len(values))
+            words = f"{mean:{'+' * shown.is_difference}.1f}"
+            text = frame.text(j, i, words, ha="center", va="center")
+            text.set(color="white" if dark else "black", fontsize=9)
+            text.set(fontweight="bold" if bold else "normal")
+    return image
+
+
 def _draw_tuning(results: Results) -> Any:
     """Over the values of what is tuned: a line for each variant, a ring where it is best."""
-    from matplotlib.figure import Figure
-
     benchmark, tune = results.benchmark, results.benchmark.tune
-    if tune is None or results.at is not None:
-        return None
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
     drawn = [
-        choice
-        for name, choice in results.choices.items()
-        if choice.means and not benchmark.variants[name].cell
+        c for c in results.choices.values() if c.means and not benchmark.variants[c.variant].cell
     ]
+    if tune is None or results.at is not None or not drawn:
+        return None
+    figure = _figure(8, 4)
+    axis = figure.subplots()
     for place, choice in enumerate(drawn):
         seeds = [choice.scores[value].values() for value in choice.means]
-        label = _plain(benchmark.variants[choice.variant].label)
         x, y = list(choice.means), list(choice.means.values())
+        label = _label(results, choice.variant)
         draw_band(axis, place, label, x, y, list(map(min, seeds)), list(map(max, seeds)))
         ring = [value for value in x if value == choice.best]
         colour = axis.lines[-1].get_color()
         axis.plot(ring, [choice.best_score], "o", ms=11, mfc="none", mec=colour, mew=1.5)
-    if not drawn:
-        return None
     if tune.values[0] > 0 and tune.values[-1] >= 4 * tune.values[0]:
         axis.set_xscale("log")
     axis.set_xticks(tune.values, [f"{value:g}" for value in tune.values])

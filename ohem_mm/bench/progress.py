@@ -20,68 +20,51 @@ def say(text: str) -> None:
 
 
 class Display:
-    """Progress as plain lines, now and then.
+    """Progress of the jobs: bars, or plain lines now and then.
 
-    Args:
+    Attributes:
         count: How many jobs there are to run.
+        jobs: Those that were started.
+        bars: rich's progress display; None: plain lines.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.jobs: list[Any] = []  # those that were started
+    def __init__(self, count: int, bars: Any = None) -> None:
+        self.count, self.bars = count, bars
+        self.jobs: list[Any] = []
+        self.tasks: dict[str, Any] = {}
         self.start = self.shown = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        say(f"[{clock(time.monotonic() - self.start)}] {text}")
-
-    def started(self, job: Any) -> None:
-        """A job has started."""
-        self.jobs.append(job)
-
-    def seconds_left(self, failed: list[Any]) -> float | None:
-        """Of all jobs, from the work of this session."""
-        done = sum(job.share - job.first[1] for job in self.jobs if job.first)
-        left = self.count - sum(1 if job in failed else job.share for job in self.jobs)
-        return (time.monotonic() - self.start) / done * left if done > 0.01 else None
+        """Print a line, above the bars where there are some."""
+        if self.bars is not None:
+            self.bars.console.print(text, markup=False, highlight=False)
+        else:
+            say(f"[{clock(time.monotonic() - self.start)}] {text}")
 
     def update(self, running: list[Any], failed: list[Any]) -> None:
         """Show the state of all jobs."""
-        if running and time.monotonic() - self.shown > PLAIN_EVERY:
-            self.shown = time.monotonic()
-            jobs = "; ".join(f"{job.name}: {job.state['text']}" for job in running)
-            self.say(f"{jobs}; about {clock(self.seconds_left(failed))} left")
-
-
-class Bars(Display):
-    """Progress as bars on a terminal."""
-
-    def __init__(self, count: int, progress: Any) -> None:
-        super().__init__(count)
-        self.progress = progress
-        self.tasks: dict[str, Any] = {}
-        self.all = progress.add_task("all jobs", total=count, text="", left="")
-
-    def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        self.progress.console.print(text, markup=False, highlight=False)
-
-    def update(self, running: list[Any], failed: list[Any]) -> None:
-        """Show the state of all jobs."""
-        names = {job.name for job in running}
-        for name in [name for name in self.tasks if name not in names]:
-            self.progress.remove_task(self.tasks.pop(name))
-        for job in running:
-            if job.name not in self.tasks:
-                self.tasks[job.name] = self.progress.add_task(job.name, total=1, text="", left="")
-            self._show(self.tasks[job.name], job.share, job.state["text"], job.seconds_left)
+        # From the work of this session.
+        work = sum(job.share - job.first[1] for job in self.jobs if job.first)
+        rest = self.count - sum(1 if job in failed else job.share for job in self.jobs)
+        left = clock((time.monotonic() - self.start) / work * rest if work > 0.01 else None)
+        if self.bars is None:
+            if running and time.monotonic() - self.shown > PLAIN_EVERY:
+                self.shown = time.monotonic()
+                jobs = "; ".join(f"{job.name}: {job.state['text']}" for job in running)
+                self.say(f"{jobs}; about {left} left")
+            return
         finished = sum(job.share == 1 and job not in running for job in self.jobs)
-        share = sum(job.share for job in self.jobs)
         text = f"{finished} of {self.count} finished"
-        self._show(self.all, share, text, self.seconds_left(failed), total=self.count)
+        self._show("all jobs", sum(job.share for job in self.jobs), self.count, text, left)
+        for job in running:
+            self._show(job.name, job.share, 1, job.state["text"], clock(job.seconds_left))
+        for name in self.tasks.keys() - {"all jobs", *(job.name for job in running)}:
+            self.bars.remove_task(self.tasks.pop(name))
 
-    def _show(self, task: Any, done: float, text: str, left: float | None, **more: Any) -> None:
-        self.progress.update(task, completed=done, text=text, left=clock(left), **more)
+    def _show(self, name: str, done: float, total: int, text: str, left: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, text=text, left=left)
+        self.bars.update(self.tasks[name], completed=done, total=total, text=text, left=left)
 
 
 @contextlib.contextmanager
@@ -99,4 +82,4 @@ def display_for(count: int) -> Iterator[Display]:
 
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, TextColumn("{task.fields[left]} left")) as progress:
-        yield Bars(count, progress)
+        yield Display(count, progress)

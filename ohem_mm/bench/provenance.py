@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -26,13 +27,11 @@ def provenance() -> dict[str, Any]:
         **(versions("onedl-mmsegmentation") or versions("mmsegmentation")),
         "ohem_mm": ohem_mm.__version__,
     }
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = name.group(1).strip() if name else cpu
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     has_affinity = hasattr(os, "sched_getaffinity")
     hardware = {
-        "cpu": cpu,
+        "cpu": name[1].strip() if name else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -55,13 +54,9 @@ def _commit() -> dict[str, Any]:
         command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return {"commit": None, "dirty": None}
-        code = ("ohem_mm", "configs", "tools", ":!*.jsonl", ":!*.csv", ":!*.png", ":!*.md")
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", *code)),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if Path(git("rev-parse", "--show-toplevel")) == root:
+            code = ("ohem_mm", "configs", "tools", ":!*.jsonl", ":!*.csv", ":!*.png", ":!*.md")
+            dirty = bool(git("status", "--porcelain", "--", *code))
+            return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+    return {"commit": None, "dirty": None}

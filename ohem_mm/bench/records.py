@@ -1,11 +1,15 @@
-"""Records of a benchmark: one JSON object on a line, one finished run of one variant with one seed.
+"""Records of the benchmarks: files to which finished runs are only ever appended.
 
-Lines are only ever appended. A kill may tear the last one; it then does not count.
+Of the accuracy benchmark: JSON lines, one for a finished run of one variant with one seed. A kill
+may tear the last line; it then does not count. Of the others: CSV.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +57,44 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         return (json.dumps(record, ensure_ascii=False) + "\n").encode(), torn
 
     extend(path, more)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """CSV files of records with these columns."""
+
+    columns: list[str]
+
+    def read(self, path: Path) -> list[dict[str, str]]:
+        """All rows of a file.
+
+        Raises:
+            UserError: There are none, or the file has other columns.
+        """
+        if not path.is_file():
+            raise UserError(f"no records at {str(path)!r}; run without --report first")
+        return self._parse(path.read_bytes(), path)
+
+    def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Append rows to a file, which is made if need be.
+
+        Raises:
+            UserError: The file has other columns.
+        """
+
+        def more(content: bytes) -> tuple[bytes, int]:
+            self._parse(content, path)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+            if not content:
+                writer.writeheader()
+            writer.writerows(rows)
+            return text.getvalue().encode(), 0
+
+        extend(path, more)
+
+    def _parse(self, content: bytes, path: Path) -> list[dict[str, str]]:
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""))
+        if content and reader.fieldnames != self.columns:
+            raise UserError(f"the columns of {str(path)!r} are not {', '.join(self.columns)}")
+        return list(reader)

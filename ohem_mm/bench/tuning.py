@@ -5,10 +5,11 @@ Pure functions: the scheduler asks them what to run next, the report what to sho
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ohem_mm.bench.files import Benchmark
@@ -27,12 +28,8 @@ class Choice:
     @property
     def means(self) -> dict[float, float]:
         """Mean over the tuning seeds, for the values that have all of them."""
-        unfinished = {value for value, _ in self.missing}
-        return {
-            value: statistics.fmean(seeds.values())
-            for value, seeds in self.scores.items()
-            if value not in unfinished
-        }
+        open_ = {value for value, _ in self.missing}
+        return {v: fmean(seeds.values()) for v, seeds in self.scores.items() if v not in open_}
 
     @property
     def finished(self) -> bool:
@@ -63,19 +60,12 @@ def tuning_score(benchmark: Benchmark, run: Run) -> float:
     On ``val`` it is that of the validation at the end of training.
     """
     assert benchmark.tune is not None
-    if benchmark.tune.split == benchmark.split:
-        return float(run["metrics"][benchmark.metric])
-    return float(run["curve"][-1][1])
+    reported = benchmark.tune.split == benchmark.split
+    return float(run["metrics"][benchmark.metric] if reported else run["curve"][-1][1])
 
 
 def choose(benchmark: Benchmark, runs: Iterable[Run], variants: Iterable[str]) -> dict[str, Choice]:
-    """What tuning has found so far for each of some variants.
-
-    Args:
-        benchmark: One with ``tune``.
-        runs: Records of the current versions of the configs, each with its ``tuned`` value.
-        variants: Names.
-    """
+    """What tuning has found for some variants, from records of the current configs alone."""
     tune = benchmark.tune
     assert tune is not None
     found: dict[tuple[str, float, int], float] = {}
@@ -85,15 +75,14 @@ def choose(benchmark: Benchmark, runs: Iterable[Run], variants: Iterable[str]) -
             found[key] = tuning_score(benchmark, run)
     choices = {}
     for name in variants:
-        wanted = [(value, seed) for value in tune.values for seed in tune.seeds]
-        choices[name] = Choice(
-            name,
-            {
-                value: {s: found[name, value, s] for s in tune.seeds if (name, value, s) in found}
-                for value in tune.values
-            },
-            tuple(pair for pair in wanted if (name, *pair) not in found),
-        )
+        scores: dict[float, dict[int, float]] = {value: {} for value in tune.values}
+        missing = []
+        for value, seed in itertools.product(tune.values, tune.seeds):
+            if (name, value, seed) in found:
+                scores[value][seed] = found[name, value, seed]
+            else:
+                missing.append((value, seed))
+        choices[name] = Choice(name, scores, tuple(missing))
     return choices
 
 

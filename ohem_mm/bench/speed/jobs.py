@@ -18,13 +18,8 @@ from ohem_mm.bench.speed.problems import (
     make_labels,
     measure_truth,
 )
-from ohem_mm.bench.speed.providers import (
-    PROVIDERS,
-    UnavailableError,
-    backend,
-    need_backend,
-    need_mmseg,
-)
+from ohem_mm.bench.speed.providers import PROVIDERS, UnavailableError, need_backend, need_mmseg
+from ohem_mm.bench.speed.values import backend
 from ohem_mm.config import config_path
 
 NETWORKS = {

@@ -46,6 +46,11 @@ class Shape(NamedTuple):
         return self.height // self.stride, self.width // self.stride
 
     @property
+    def pixels(self) -> int:
+        """Of the labels."""
+        return self.n * self.height * self.width
+
+    @property
     def image(self) -> str:
         """Size of the images of an iteration."""
         return f"{self.n}x{self.height}x{self.width}"
@@ -156,13 +161,16 @@ def make_problem(shape: Shape, device: str, hard: float = HARD) -> Problem:
     low, high = -10.0, 40.0
     for _ in range(16):
         margin = (low + high) / 2
-        if measure_truth(noise[part] + margin * hot[part], corner).hard > hard:
-            low = margin
-        else:
-            high = margin
+        too_hard = measure_truth(noise[part] + margin * hot[part], corner).hard > hard
+        low, high = (margin, high) if too_hard else (low, margin)
     leaf = (noise + margin * hot).to(device).requires_grad_()
     labels = labels.to(device)
     return Problem(shape, leaf, labels, measure_truth(leaf, labels))
+
+
+def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
+    """What mmseg's resize does, without its checks."""
+    return F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
@@ -171,9 +179,7 @@ def measure_truth(logits: Tensor, labels: Tensor) -> Truth:
     losses, hits = [], 0
     valid = labels != IGNORE
     for image, label, ok in zip(logits, labels, valid, strict=True):
-        wide = F.interpolate(
-            image[None].double(), size=label.shape, mode="bilinear", align_corners=False
-        )
+        wide = upsampled(image[None].double(), label[None])
         index = torch.where(ok, label, 0)[None]
         losses.append(F.cross_entropy(wide, index, reduction="none"))
         hits += int(((wide.argmax(1) == index) & ok).sum())
@@ -185,15 +191,8 @@ def measure_truth(logits: Tensor, labels: Tensor) -> Truth:
     beyond = (loss + math.log(THRESH))[valid]
     hard, unsure = int((beyond > 0).sum()), int((beyond.abs() < 2e-6).sum())
     target = torch.where(valid, 0, IGNORE)
-    return Truth(
-        logits.detach(),
-        labels,
-        pairs,
-        target,
-        accuracy=100 * hits / count,
-        hard=hard / count,
-        unsure=unsure / max(1, hard),
-    )
+    shares = {"accuracy": 100 * hits / count, "hard": hard / count, "unsure": unsure / max(1, hard)}
+    return Truth(logits.detach(), labels, pairs, target, **shares)
 
 
 def check(what: str, value: float, expected: float, tolerance: float = TOLERANCE) -> None:

@@ -6,30 +6,20 @@ its value must be. To add one: write both and give them a line in ``PROVIDERS``.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 import torch._inductor.exc
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ohem_cross_entropy, ops, reference
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ops
 from ohem_mm.bench.heads import bare_head, make_samples
 from ohem_mm.bench.peers import submodule
-from ohem_mm.bench.speed.problems import (
-    IGNORE,
-    SHARE,
-    THRESH,
-    Problem,
-    Shape,
-    Truth,
-    check,
-    make_problem,
-)
+from ohem_mm.bench.speed import values
+from ohem_mm.bench.speed.problems import IGNORE, SHARE, THRESH, Problem, upsampled
+from ohem_mm.bench.speed.values import Rule, backend, cross_entropy
 from ohem_mm.errors import UserError
 from ohem_mm.joint import joint_losses
 
@@ -39,116 +29,21 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # small logits to loss 
 Build = Callable[[Problem, bool], Step]  # the bool asks for acc_seg
 Settings = dict[str, Any]
 
+# Configs of our losses, and of those of mmseg.
+OHEM = {"type": "OhemCrossEntropyLoss", "thresh": THRESH, "min_kept": SHARE}
+CE = {"type": "OhemCrossEntropyLoss", "thresh": None, "min_kept": 1.0, "loss_name": "loss_ce"}
+DICE = {"type": "RegionLoss"}
+MMSEG_CE = {"type": "CrossEntropyLoss"}
+MMSEG_DICE = {"type": "DiceLoss", "use_sigmoid": False}
+LOVASZ = {"type": "LovaszLoss", "reduction": "none"}
+SAMPLER = {"type": "OHEMPixelSampler", "thresh": THRESH}
+
 
 class UnavailableError(Exception):
     """A provider cannot run here; the message says why."""
 
 
-# --- what the values must be ---------------------------------------------------------------------
-
-
-def _plain(truth: Truth) -> Tensor:
-    total = F.cross_entropy(truth.pairs, truth.target, ignore_index=IGNORE, reduction="sum")
-    return total / truth.target.numel()
-
-
-def _ohem(truth: Truth) -> Tensor:
-    with backend("eager"):
-        return ohem_cross_entropy(truth.pairs, truth.target, thresh=THRESH, min_kept=SHARE)
-
-
-def _sampler(truth: Truth) -> Tensor:
-    return reference.mmseg_sampler(truth.pairs, truth.target, thresh=THRESH, min_kept=truth.floor)
-
-
-def _sampler_topk(truth: Truth) -> Tensor:
-    return reference.mmseg_sampler_topk(truth.pairs, truth.target, min_kept=truth.floor)
-
-
-def _mmseg_ohem(truth: Truth) -> Tensor:
-    k = truth.floor * len(truth.target)
-    return reference.hrnet(truth.pairs, truth.target, thresh=THRESH, min_kept=k)
-
-
-def _valid_mean(truth: Truth) -> Tensor:
-    return F.cross_entropy(truth.pairs, truth.target, ignore_index=IGNORE)
-
-
-def _dice(truth: Truth, preset: str | None = None) -> Tensor:
-    with backend("portable"):
-        value: Tensor = RegionLoss(preset=preset)(truth.logits.double(), truth.labels)
-    return value
-
-
-def _ce_dice(truth: Truth) -> Tensor:
-    return _valid_mean(truth) + _dice(truth)
-
-
-def _ohem_dice(truth: Truth) -> Tensor:
-    return _ohem(truth) + _dice(truth)
-
-
-def _ce_smp_dice(truth: Truth) -> Tensor:
-    return _plain(truth) + _dice(truth, "smp-dice")
-
-
-def _probabilities(truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each image the probabilities, float64, (C, H, W), and the labels."""
-    for image, labels in zip(truth.logits, truth.labels, strict=True):
-        yield upsampled(image[None].double(), labels[None]).softmax(1)[0], labels
-
-
-def _ce_mmseg_dice(truth: Truth) -> Tensor:
-    losses = []
-    for p, labels in _probabilities(truth):
-        hit = p.gather(0, torch.where(labels == IGNORE, 0, labels)[None])[0]
-        hit = torch.where(labels == IGNORE, 0, hit).sum()
-        # What is predicted at ignored pixels counts.
-        losses.append(1 - 2 * hit / (p.square().sum() + (labels != IGNORE).sum() + 2e-3))
-    return _plain(truth) + torch.stack(losses).mean()
-
-
-def _ce_lovasz(truth: Truth) -> Tensor:
-    """Lovasz extension of the Jaccard loss of each class present; Berman et al., CVPR 2018."""
-    parts = [(p.float()[:, t != IGNORE], t[t != IGNORE]) for p, t in _probabilities(truth)]
-    p, labels = torch.cat([p for p, _ in parts], 1), torch.cat([t for _, t in parts])
-    losses = []
-    for place, own in enumerate(p):
-        hot = (labels == place).double()
-        if hot.any():
-            error, order = (hot - own).abs().sort(descending=True)
-            missed = hot.sum() - hot[order].cumsum(0)
-            jaccard = 1 - missed / (hot.sum() + (1 - hot[order]).cumsum(0))
-            losses.append(error @ torch.diff(jaccard, prepend=jaccard.new_zeros(1)))
-    return _plain(truth) + torch.stack(losses).mean()
-
-
-def check_formula() -> None:
-    """Compare the float64 paths that check our own providers with the oracle, on a small input."""
-    problem = make_problem(Shape(2, 5, 24, 32, 4), "cpu")
-    logits, labels = problem.logits.detach(), problem.labels
-    oracle = reference.ohem_cross_entropy(logits, labels, thresh=THRESH, min_kept=SHARE)
-    check("the float64 formula on a small input", float(_ohem(problem.truth)), float(oracle), 1e-9)
-    oracle = reference.region_loss(logits, labels)
-    check("that of the overlap on a small input", float(_dice(problem.truth)), float(oracle), 1e-9)
-
-
 # --- what a provider needs -----------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """Choose an implementation of ``ohem_mm.ops``; None leaves the choice alone."""
-    before = os.environ.get("OHEM_MM_BACKEND")
-    if name is not None:
-        os.environ["OHEM_MM_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("OHEM_MM_BACKEND", None)
-        else:
-            os.environ["OHEM_MM_BACKEND"] = before
 
 
 def need_backend(name: str, logits: Tensor) -> None:
@@ -172,126 +67,115 @@ def need_mmseg() -> None:
     init_default_scope("mmseg")
 
 
-def build_head(
-    problem: Problem, loss: Settings | list[Settings], sampler: Settings | None = None
-) -> Any:
+def build_head(problem: Problem, losses: Sequence[Settings], sampler: Settings | None) -> Any:
     """A decode head of mmseg for a problem."""
     need_mmseg()
-    return bare_head(problem.shape.c, loss, sampler=sampler).to(problem.logits.device)
+    loss = losses[0] if len(losses) == 1 else list(losses)
+    head = bare_head(problem.shape.c, loss, sampler=sampler)
+    return head.to(problem.logits.device)
 
 
-def our_loss() -> OhemCrossEntropyLoss:
-    """The loss that all our providers use."""
-    return OhemCrossEntropyLoss(thresh=THRESH, min_kept=SHARE, ignore_index=IGNORE)
+def build_loss(settings: Settings) -> Any:
+    """One of our losses, without mmseg."""
+    kinds = {"OhemCrossEntropyLoss": OhemCrossEntropyLoss, "RegionLoss": RegionLoss}
+    rule = {key: value for key, value in settings.items() if key != "type"}
+    return kinds[settings["type"]](**rule, ignore_index=IGNORE)
+
+
+def total(losses: Sequence[Tensor]) -> Tensor:
+    """Their sum; of one, itself."""
+    return sum(losses[1:], losses[0])
+
+
+def accuracy(wide: Tensor, labels: Tensor) -> Tensor:
+    """What mmseg logs as acc_seg, computed more cheaply."""
+    return 100 * (wide.detach().argmax(1) == labels).sum() / (labels != IGNORE).sum()
 
 
 # --- steps ---------------------------------------------------------------------------------------
 
 
-def direct(name: str) -> Build:
-    """Our loss, called with the small logits, in one implementation."""
+def direct(name: str, *settings: Settings) -> Build:
+    """Our losses in one call with the small logits, in one implementation."""
 
     def build(problem: Problem, acc_seg: bool) -> Step:
         need_backend(name, problem.logits)
-        loss = our_loss()
+        losses = list(map(build_loss, settings))
 
         def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
             stats: dict[str, Tensor] | None = {} if acc_seg else None
             with backend(name):
-                value = loss(logits, problem.labels, stats=stats)
-            if stats is None:
-                return value, None
-            return value, 100 * stats["hits"] / stats["num_valid"]
+                value = total(joint_losses(losses, logits, problem.labels, stats=stats))
+            return value, None if stats is None else 100 * stats["hits"] / stats["num_valid"]
 
         return step
 
     return build
 
 
-def fused_hook(problem: Problem, acc_seg: bool) -> Step:
-    """A head of mmseg as FusedOhemHook leaves it."""
-    if not acc_seg:
-        raise UnavailableError("a fused head always counts acc_seg")
-    settings = {"type": "OhemCrossEntropyLoss", "thresh": THRESH, "min_kept": SHARE}
-    head = build_head(problem, settings)
-    from ohem_mm.hooks.fused import fuse_heads
-
-    fuse_heads(nn.ModuleDict({"head": head}), [])
-    return by_feat(head, make_samples(problem.labels), "loss_ohem")
-
-
-def by_feat(head: Any, samples: list[Any], *names: str) -> Step:
-    """Upsampling, loss and accuracy as a head of mmseg does them; losses are added up."""
+def by_feat(head: Any, problem: Problem) -> Step:
+    """Upsampling, losses and accuracy as a head of mmseg does them."""
+    samples = make_samples(problem.labels)
 
     def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
         out = head.loss_by_feat(logits, samples)
-        return sum((out[name] for name in names[1:]), out[names[0]]), out["acc_seg"]
+        return total([value for key, value in out.items() if key != "acc_seg"]), out["acc_seg"]
 
     return step
 
 
-PAIR: list[Settings] = [
-    {
-        "type": "OhemCrossEntropyLoss",
-        "thresh": None,
-        "min_kept": 1.0,
-        "loss_name": "loss_ce",
-    },
-    {"type": "RegionLoss"},
-]
-
-
-def fused_pair(problem: Problem, acc_seg: bool) -> Step:
-    """A head with plain cross-entropy and the region term, as FusedOhemHook leaves it."""
-    if not acc_seg:
-        raise UnavailableError("a fused head always counts acc_seg")
-    head = build_head(problem, PAIR)
-    from ohem_mm.hooks.fused import fuse_heads
-
-    fuse_heads(nn.ModuleDict({"head": head}), [])
-    return by_feat(head, make_samples(problem.labels), "loss_ce", "loss_region")
-
-
-def direct_pair(name: str, ohem: bool = False) -> Build:
-    """Our cross-entropy, with or without mining, and Dice in one call, in one implementation."""
+def fused(*settings: Settings) -> Build:
+    """A head of mmseg with our losses, as FusedOhemHook leaves it."""
 
     def build(problem: Problem, acc_seg: bool) -> Step:
-        need_backend(name, problem.logits)
-        plain = OhemCrossEntropyLoss(thresh=None, min_kept=1.0, ignore_index=IGNORE)
-        region = RegionLoss(ignore_index=IGNORE)
-        pair: list[OhemCrossEntropyLoss | RegionLoss] = [our_loss() if ohem else plain, region]
+        if not acc_seg:
+            raise UnavailableError("a fused head always counts acc_seg")
+        head = build_head(problem, settings, None)
+        from ohem_mm.hooks.fused import fuse_heads
 
-        def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            stats: dict[str, Tensor] | None = {} if acc_seg else None
-            with backend(name):
-                first, second = joint_losses(pair, logits, problem.labels, stats=stats)
-            if stats is None:
-                return first + second, None
-            return first + second, 100 * stats["hits"] / stats["num_valid"]
-
-        return step
+        fuse_heads(nn.ModuleDict({"head": head}), [])
+        return by_feat(head, problem)
 
     return build
 
 
-def mmseg_pair(**second: Any) -> Build:
-    """mmseg's CrossEntropyLoss and another of its losses in a head."""
+def in_head(*settings: Settings, sampler: Settings | None = None) -> Build:
+    """Losses of mmseg in a head, with or without a sampler."""
 
     def build(problem: Problem, acc_seg: bool) -> Step:
-        need_mmseg()
-        head = build_head(problem, [{"type": "CrossEntropyLoss"}, second])
-        first, other = head.loss_decode
+        own = None if sampler is None else {**sampler, "min_kept": problem.shape.floor}
+        head, labels = build_head(problem, settings, own), problem.labels
         if acc_seg:
-            return by_feat(head, make_samples(problem.labels), "loss_ce", other.loss_name)
+            return by_feat(head, problem)
+        losses = [head.loss_decode] if len(settings) == 1 else head.loss_decode
 
         def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            wide, labels = upsampled(logits, problem.labels), problem.labels
-            options = {"ignore_index": IGNORE}
-            return first(wide, labels, **options) + other(wide, labels, **options), None
+            wide = upsampled(logits, labels)
+            options = {"weight": None, "ignore_index": IGNORE}
+            if head.sampler is not None:
+                options["weight"] = head.sampler.sample(wide, labels[:, None])
+            return total([loss(wide, labels, **options) for loss in losses]), None
 
         return step
 
     return build
+
+
+def mmseg_loss(problem: Problem, acc_seg: bool) -> Step:
+    """mmseg's OhemCrossEntropy, which ordinary heads cannot call."""
+    need_mmseg()
+    from mmseg.models.losses import OhemCrossEntropy
+    from mmseg.models.losses import accuracy as mmseg_accuracy
+
+    shape, labels = problem.shape, problem.labels
+    loss = OhemCrossEntropy(thres=THRESH, min_kept=shape.floor * shape.n, ignore_label=IGNORE)
+
+    def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide = upsampled(logits, labels)
+        seen = mmseg_accuracy(wide, labels, ignore_index=IGNORE) if acc_seg else None
+        return loss(wide, labels), seen
+
+    return step
 
 
 def smp_dice(problem: Problem, acc_seg: bool) -> Step:
@@ -304,73 +188,19 @@ def smp_dice(problem: Problem, acc_seg: bool) -> Step:
 
     def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
         wide = upsampled(logits, labels)
-        total = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")
-        seen = None
-        if acc_seg:
-            hits = (wide.detach().argmax(1) == labels).sum()
-            seen = 100 * hits / (labels != IGNORE).sum()
-        return total / labels.numel() + loss(wide, labels), seen
+        value = cross_entropy(wide, labels) + loss(wide, labels)
+        return value, accuracy(wide, labels) if acc_seg else None
 
     return step
 
 
-def in_head(sampler: Callable[[Shape], Settings | None]) -> Build:
-    """mmseg's CrossEntropyLoss in a head, with or without a sampler."""
+def compiled(loss: Callable[[Tensor, Tensor], Tensor]) -> Build:
+    """The whole expression under torch.compile."""
 
     def build(problem: Problem, acc_seg: bool) -> Step:
-        head = build_head(problem, {"type": "CrossEntropyLoss"}, sampler(problem.shape))
-        if acc_seg:
-            return by_feat(head, make_samples(problem.labels), "loss_ce")
-
-        def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            labels = problem.labels
-            wide = upsampled(logits, labels)
-            weight = head.sampler.sample(wide, labels[:, None]) if head.sampler else None
-            return head.loss_decode(wide, labels, weight=weight, ignore_index=IGNORE), None
-
-        return step
-
-    return build
-
-
-def mmseg_loss(problem: Problem, acc_seg: bool) -> Step:
-    """mmseg's OhemCrossEntropy, which ordinary heads cannot call."""
-    need_mmseg()
-    from mmseg.models.losses import OhemCrossEntropy, accuracy
-
-    shape, labels = problem.shape, problem.labels
-    loss = OhemCrossEntropy(thres=THRESH, min_kept=shape.floor * shape.n, ignore_label=IGNORE)
-
-    def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        wide = upsampled(logits, labels)
-        seen = accuracy(wide, labels, ignore_index=IGNORE) if acc_seg else None
-        return loss(wide, labels), seen
-
-    return step
-
-
-def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
-    """What mmseg's resize does, without its checks."""
-    return F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
-
-
-def compiled(ohem: bool) -> Build:
-    """The whole expression under torch.compile, with a cheaper accuracy than mmseg's."""
-
-    def build(problem: Problem, acc_seg: bool) -> Step:
-        loss = our_loss()
-
         def expression(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
             wide = upsampled(logits, labels)
-            if ohem:
-                value = loss(wide, labels)
-            else:
-                total = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")
-                value = total / labels.numel()
-            if not acc_seg:
-                return value, None
-            hits = (wide.detach().argmax(1) == labels).sum()
-            return value, 100 * hits / (labels != IGNORE).sum()
+            return loss(wide, labels), accuracy(wide, labels) if acc_seg else None
 
         fast = torch.compile(expression, dynamic=False)
 
@@ -387,48 +217,46 @@ def compiled(ohem: bool) -> Build:
     return build
 
 
-def thresh_sampler(shape: Shape) -> Settings:
-    """The sampler's configuration."""
-    return {"type": "OHEMPixelSampler", "thresh": THRESH, "min_kept": shape.floor}
-
-
 class Provider(NamedTuple):
     """One way to compute a loss."""
 
     build: Build
-    rule: Callable[[Truth], Tensor]  # its value
-    variant: str | None  # which twin of a config has it; None: none
+    rule: Rule  # its value
+    variant: str | None = None  # which twin of a config has it; None: none
     backend: str | None = None
     fused: bool = False
 
 
+_CE_DICE = values.both(values.valid_mean, values.dice)
 PROVIDERS = {
-    "ohem_mm fused hook": Provider(fused_hook, _ohem, "-ohem", fused=True),
-    "ohem_mm triton": Provider(direct("triton"), _ohem, "-ohem", "triton"),
-    "ohem_mm portable": Provider(direct("portable"), _ohem, "-ohem", "portable"),
-    "ohem_mm eager": Provider(direct("eager"), _ohem, "-ohem", "eager"),
-    "ohem_mm compiled": Provider(compiled(True), _ohem, None),
-    BASELINE: Provider(in_head(thresh_sampler), _sampler, "-sampler"),
+    "ohem_mm fused hook": Provider(fused(OHEM), values.ohem, "-ohem", fused=True),
+    "ohem_mm triton": Provider(direct("triton", OHEM), values.ohem, "-ohem", "triton"),
+    "ohem_mm portable": Provider(direct("portable", OHEM), values.ohem, "-ohem", "portable"),
+    "ohem_mm eager": Provider(direct("eager", OHEM), values.ohem, "-ohem", "eager"),
+    "ohem_mm compiled": Provider(compiled(build_loss(OHEM)), values.ohem),
+    BASELINE: Provider(in_head(MMSEG_CE, sampler=SAMPLER), values.sampler, "-sampler"),
     "mmseg sampler top-k": Provider(
-        in_head(lambda shape: thresh_sampler(shape) | {"thresh": None}), _sampler_topk, "-sampler"
+        in_head(MMSEG_CE, sampler={**SAMPLER, "thresh": None}), values.sampler_topk, "-sampler"
     ),
-    "mmseg OhemCrossEntropy": Provider(mmseg_loss, _mmseg_ohem, None),
-    "plain CE": Provider(in_head(lambda shape: None), _plain, ""),
-    "plain CE compiled": Provider(compiled(False), _plain, None),
+    "mmseg OhemCrossEntropy": Provider(mmseg_loss, values.mmseg_ohem),
+    "plain CE": Provider(in_head(MMSEG_CE), values.plain, ""),
+    "plain CE compiled": Provider(compiled(cross_entropy), values.plain),
     # The region term. OHEM + Dice against `ohem_mm portable` is what it costs beside mining.
-    "CE + Dice (hook)": Provider(fused_pair, _ce_dice, None, fused=True),
-    "CE + Dice (row bands)": Provider(direct_pair("portable"), _ce_dice, None, "portable"),
-    "CE + Dice (full size)": Provider(direct_pair("eager"), _ce_dice, None, "eager"),
+    "CE + Dice (hook)": Provider(fused(CE, DICE), _CE_DICE, fused=True),
+    "CE + Dice (row bands)": Provider(direct("portable", CE, DICE), _CE_DICE, backend="portable"),
+    "CE + Dice (full size)": Provider(direct("eager", CE, DICE), _CE_DICE, backend="eager"),
     "OHEM + Dice (row bands)": Provider(
-        direct_pair("portable", True), _ohem_dice, None, "portable"
+        direct("portable", OHEM, DICE), values.both(values.ohem, values.dice), backend="portable"
     ),
     "CE + mmseg DiceLoss": Provider(
-        mmseg_pair(type="DiceLoss", use_sigmoid=False), _ce_mmseg_dice, None
+        in_head(MMSEG_CE, MMSEG_DICE), values.both(values.plain, values.mmseg_dice)
     ),
     "CE + mmseg LovaszLoss": Provider(
-        mmseg_pair(type="LovaszLoss", reduction="none"), _ce_lovasz, None
+        in_head(MMSEG_CE, LOVASZ), values.both(values.plain, values.lovasz)
     ),
-    "CE + smp DiceLoss": Provider(smp_dice, _ce_smp_dice, None),
+    "CE + smp DiceLoss": Provider(
+        smp_dice, values.both(values.plain, lambda truth: values.dice(truth, "smp-dice"))
+    ),
 }
 
 
@@ -440,9 +268,9 @@ def choose_providers(words: Sequence[str] | None) -> list[str]:
     Raises:
         UserError: A word selects none.
     """
-    chosen = []
     if not words:
         return [name for name in PROVIDERS if " + " not in name]
+    chosen = []
     for word in words:
         found = [word] if word in PROVIDERS else [name for name in PROVIDERS if word in name]
         if not found:

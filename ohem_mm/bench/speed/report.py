@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ohem_mm.bench.records import Rows
 from ohem_mm.bench.speed.providers import BASELINE
 from ohem_mm.bench.text import table
-from ohem_mm.disk import extend
 from ohem_mm.drawing import draw_band, drawing, save
-from ohem_mm.errors import UserError
 
 COLUMNS = [
     *("kernel", "provider", "mode", "metric", "unit", "x", "p50", "p20", "p80", "config"),
@@ -29,46 +26,7 @@ AXES = {
 }
 
 Row = dict[str, Any]
-
-
-# --- records -------------------------------------------------------------------------------------
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    """Append rows to the records.
-
-    Raises:
-        UserError: The file is none of this tool's.
-    """
-
-    def more(content: bytes) -> tuple[bytes, int]:
-        _parse(content, path)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        if not content:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode(), 0
-
-    extend(path, more)
-
-
-def read(path: Path) -> list[Row]:
-    """All rows of the records.
-
-    Raises:
-        UserError: There are none, or the file is none of this tool's.
-    """
-    if not path.is_file():
-        raise UserError(f"no records at {str(path)!r}; run without --report first")
-    return _parse(path.read_bytes(), path)
-
-
-def _parse(content: bytes, path: Path) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(content.decode()))
-    if content and reader.fieldnames != COLUMNS:
-        raise UserError(f"the columns of {str(path)!r} are not {', '.join(COLUMNS)}")
-    return list(reader)
+read, append = Rows(COLUMNS).read, Rows(COLUMNS).append
 
 
 class Series(NamedTuple):
@@ -210,8 +168,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
                 panel.set(xscale="log", yscale="log", xlabel=AXES[sweep])
                 unit = {"time": "head step, ms", "memory": "peak above input, MiB"}
                 panel.set_ylabel(unit[metric])
-            title = f"Upsampling, loss, acc_seg and backward; {where}"
-            figure.suptitle(title, fontsize=10)
+            figure.suptitle(f"Upsampling, loss, acc_seg and backward; {where}", fontsize=10)
             handles = panels[0].get_legend_handles_labels()
             figure.legend(*handles, loc="outside lower center", ncols=4)
             device = re.sub(r"[^a-z0-9]+", "-", group[0]["device_name"].lower()).strip("-")

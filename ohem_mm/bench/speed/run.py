@@ -18,18 +18,15 @@ from ohem_mm.bench.provenance import provenance, versions
 from ohem_mm.bench.speed.jobs import NETWORKS, Job, head_job, network_job
 from ohem_mm.bench.speed.meter import Meter
 from ohem_mm.bench.speed.problems import HARD, THRESH, Shape, make_problem
-from ohem_mm.bench.speed.providers import UnavailableError, check_formula
+from ohem_mm.bench.speed.providers import UnavailableError
 from ohem_mm.bench.speed.report import FLOOR, Row
+from ohem_mm.bench.speed.values import check_formula
 from ohem_mm.errors import need
 
 SWEEPS = ("pixels", "classes", "stride", "kept")
 # The phases of a job that each mode takes together.
-PHASES = {
-    "step": slice(2),
-    "forward": slice(1),
-    "backward": slice(1, 2),
-    "iteration": slice(1),
-}
+PHASES = {"step": slice(2), "forward": slice(1), "backward": slice(1, 2), "iteration": slice(1)}
+UNITS = {"time": "ms", "memory": "MiB"}
 
 
 class Point(NamedTuple):
@@ -48,19 +45,16 @@ class Point(NamedTuple):
 
 def sweep_points(sweep: str, base: Shape) -> list[Point]:
     """The points of a sweep around a shape."""
-    if sweep == "pixels":
-        shapes = [
-            base._replace(height=base.height // part, width=base.width // part)
-            for part in (8, 4, 2, 1)
-            if min(base.small) >= 4 * part
-        ]
-    elif sweep == "classes":
-        shapes = [base._replace(c=c) for c in (2, 8, 19, 64, 150)]
-    elif sweep == "stride":
-        shapes = [base._replace(stride=s) for s in (1, 2, 4, 8, 16)]
-    else:
+    if sweep == "kept":
         shares = (0.02, 0.05, 0.1, 0.2, 0.5, 0.95)
         return [Point("head_step", base, sweep, share) for share in shares]
+    if sweep == "pixels":
+        parts = [part for part in (8, 4, 2, 1) if min(base.small) >= 4 * part]
+        shapes = [base._replace(height=base.height // p, width=base.width // p) for p in parts]
+    elif sweep == "classes":
+        shapes = [base._replace(c=c) for c in (2, 8, 19, 64, 150)]
+    else:
+        shapes = [base._replace(stride=s) for s in (1, 2, 4, 8, 16)]
     return [Point("head_step", shape, sweep) for shape in shapes]
 
 
@@ -71,7 +65,7 @@ def byte_floor(shape: Shape) -> int:
     gradient.
     """
     small = shape.n * shape.c * math.prod(shape.small)
-    return shape.n * shape.height * shape.width * (2 * 8 + 3 * 4) + small * 3 * 4
+    return shape.pixels * (2 * 8 + 3 * 4) + small * 3 * 4
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
@@ -147,11 +141,7 @@ def make_jobs(
 
 
 def measure(
-    point: Point,
-    args: argparse.Namespace,
-    meter: Meter,
-    progress: Any,
-    say: Callable[[str], None],
+    point: Point, args: argparse.Namespace, meter: Meter, progress: Any, say: Callable[[str], None]
 ) -> list[Row]:
     """Check, warm up and time all providers at one point; return rows without the run's facts."""
     title = f"{point.kernel} {point.shape}"
@@ -179,26 +169,15 @@ def measure(
         "dtype": "float32",
     }
     places = {"classes": point.shape.c, "stride": point.shape.stride, "kept": config["hard"]}
-    pixels = point.shape.n * point.shape.height * point.shape.width
     rows = []
 
     def add(provider: str, acc_seg: bool, mode: str, metric: str, values: list[float]) -> None:
         numbers = torch.tensor(values, dtype=torch.float64)
-        low, median, high = numbers.quantile(numbers.new_tensor([0.2, 0.5, 0.8])).tolist()
-        rows.append(
-            {
-                "kernel": point.kernel,
-                "provider": provider,
-                "mode": mode,
-                "metric": metric,
-                "unit": {"time": "ms", "memory": "MiB"}[metric],
-                "x": places.get(point.sweep, pixels),
-                "p50": f"{median:.5g}",
-                "p20": f"{low:.5g}",
-                "p80": f"{high:.5g}",
-                "config": json.dumps({**config, "acc_seg": acc_seg}),
-            }
-        )
+        quantiles = numbers.quantile(numbers.new_tensor([0.5, 0.2, 0.8])).tolist()
+        row: Row = {"kernel": point.kernel, "provider": provider, "mode": mode, "metric": metric}
+        row |= {"unit": UNITS[metric], "x": places.get(point.sweep, point.shape.pixels)}
+        row |= {name: f"{v:.5g}" for name, v in zip(("p50", "p20", "p80"), quantiles, strict=True)}
+        rows.append({**row, "config": json.dumps({**config, "acc_seg": acc_seg})})
 
     modes = [mode for mode in args.modes if point.is_network == (mode == "iteration")]
     for job, samples in zip(jobs, times, strict=True):
