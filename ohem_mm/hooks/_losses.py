@@ -1,7 +1,9 @@
-"""The losses that the hooks look after, by the names under which they are logged."""
+"""The losses that the hooks look after: their names in the log, and how they are called."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mmengine.model import is_model_wrapper
@@ -60,3 +62,44 @@ def _by_name(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
         for head, losses in found.items()
         for place, loss in losses.items()
     }
+
+
+class Listener:
+    """Hears how losses are called. True while it listens to any."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def listen(
+        self, loss: nn.Module, heard: Callable[[dict[str, Any]], None], maps: bool = False
+    ) -> None:
+        """Hear every call of a loss from now on.
+
+        Args:
+            loss: One of this package's.
+            heard: Called afterwards with the arguments, by name; ``stats`` is always among them.
+            maps: Whether the maps are asked for as well, which the loss then has on every path.
+        """
+        forward = inspect.signature(type(loss).forward)
+
+        def ask(loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            stats = {} if kwargs.get("stats") is None else kwargs["stats"]
+            if maps:
+                stats.setdefault("kept", None)
+            return args, {**kwargs, "stats": stats}
+
+        def hear(loss: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            heard(forward.bind(loss, *args, **kwargs).arguments)
+
+        self._handles += [
+            loss.register_forward_pre_hook(ask, with_kwargs=True),
+            loss.register_forward_hook(hear, with_kwargs=True),
+        ]
+
+    def stop(self) -> None:
+        """Leave the losses as they were."""
+        while self._handles:
+            self._handles.pop().remove()
