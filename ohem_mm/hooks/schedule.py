@@ -8,14 +8,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from ..loss import OhemCrossEntropyLoss
-from ..rule import OhemRule
+from ..rule import OhemRule, check_choice
 from ._losses import ohem_losses
 
 __all__ = ["OhemScheduleHook"]
@@ -186,13 +186,18 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
 def _parse(setting: str, pieces: Any) -> list[_Piece]:
     """Check a schedule as it stands in the config; return its pieces in order."""
     pieces = [pieces] if isinstance(pieces, Mapping) else pieces
-    _check_list(f"{setting} must be a list of dicts (pieces)", pieces)
+    _check_list(setting, pieces, "a list of dicts (pieces)")
     if not pieces:
         raise ValueError(f"{setting} must have at least one piece, but got {pieces!r}.")
     out: list[_Piece] = []
     for index, given in enumerate(pieces):
         where = f"{setting}[{index}]"
-        new = _parse_piece(setting, where, given)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{where} must be a dict, but got {given!r}.")
+        try:
+            new = _parse_piece(setting, given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
         if out and (new[0].begin < out[-1].end or new[0].begin <= out[-1].begin):
             raise ValueError(
                 f"{where}: begin must not lie before the end of the piece before it "
@@ -202,58 +207,49 @@ def _parse(setting: str, pieces: Any) -> list[_Piece]:
     return out
 
 
-def _parse_piece(setting: str, where: str, given: Any) -> list[_Piece]:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{where} must be a dict, but got {given!r}.")
+def _parse_piece(setting: str, given: Mapping[str, Any]) -> list[_Piece]:
     kind = given.get("type")
-    if kind not in _KEYS:
-        raise ValueError(f"{where}: type must be one of {', '.join(_KEYS)}, but got {kind!r}.")
-    required, allowed = _KEYS[kind][0], sum(_KEYS[kind], ())
+    check_choice("type", kind, _KEYS)
+    required, allowed = _KEYS[str(kind)][0], sum(_KEYS[str(kind)], ())
     for key in given:
         if key not in ("type", *allowed):
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"{where}: type {kind!r} has no key {key!r}.{hint} It has {', '.join(allowed)}."
+                f"type {kind!r} has no key {key!r}.{hint} It has {', '.join(allowed)}."
             )
     for key in required:
         if key not in given:
-            raise ValueError(f"{where}: type {kind!r} needs {key!r}.")
-    begin = _time(f"{where}: begin", given.get("begin", 0))
-
-    if kind == "constant":
-        value = _checked(setting, where, given["value"])
-        return [_Piece(begin, begin, value, value)]
-    if kind == "step":
-        values, milestones = given["values"], given["milestones"]
-        _check_list(f"{where}: values must be a list", values)
-        _check_list(f"{where}: milestones must be a list", milestones)
+            raise ValueError(f"type {kind!r} needs {key!r}.")
+    begin = _time("begin", given.get("begin", 0))
+    if kind in ("constant", "step"):
+        values: Any = [given["value"]] if kind == "constant" else given["values"]
+        milestones: Any = [] if kind == "constant" else given["milestones"]
+        _check_list("values", values)
+        _check_list("milestones", milestones)
         if len(values) != len(milestones) + 1:
-            raise ValueError(
-                f"{where}: values must be one more than milestones, but got {len(values)} and "
-                f"{len(milestones)}."
-            )
-        times = [begin, *(_time(f"{where}: milestones", time) for time in milestones)]
+            counts = f"{len(values)} and {len(milestones)}"
+            raise ValueError(f"values must be one more than milestones, but got {counts}.")
+        times = [begin, *(_time("milestones", time) for time in milestones)]
         if any(a >= b for a, b in itertools.pairwise(times)):
-            raise ValueError(
-                f"{where}: milestones must grow and lie after begin ({begin}), but got "
-                f"{list(milestones)!r}."
-            )
-        values = [_checked(setting, where, value) for value in values]
+            got = f"after begin ({begin}), but got {list(milestones)!r}"
+            raise ValueError(f"milestones must grow and lie {got}.")
+        for value in values:
+            _check_number(setting, value)
         return [_Piece(t, t, value, value) for t, value in zip(times, values, strict=True)]
-    end = _time(f"{where}: end", given["end"])
+    end = _time("end", given["end"])
     if end <= begin:
-        raise ValueError(f"{where}: end must lie after begin ({begin}), but got {end}.")
-    start, stop = (
-        None if given.get(key) is None else _checked(setting, where, given[key])
-        for key in ("start", "stop")
-    )
+        raise ValueError(f"end must lie after begin ({begin}), but got {end}.")
+    ends = start, stop = given.get("start"), given.get("stop")
+    for value in ends:
+        if value is not None:
+            _check_number(setting, value)
     if start is None and stop is None:
-        raise ValueError(f"{where}: type {kind!r} needs 'start' or 'stop'.")
-    if setting == "min_kept" and None not in (start, stop) and type(start) is not type(stop):
+        raise ValueError(f"type {kind!r} needs 'start' or 'stop'.")
+    if setting == "min_kept" and None not in ends and type(start) is not type(stop):
         raise ValueError(
-            f"{where}: start and stop must both be ints (pixels) or both be floats (shares), but "
-            f"got {start!r} and {stop!r}."
+            "start and stop must both be ints (pixels) or both be floats (shares), but got "
+            f"{start!r} and {stop!r}."
         )
     return [_Piece(begin, end, start, stop, kind == "cosine")]
 
@@ -266,20 +262,16 @@ def _time(name: str, value: Any) -> int:
     return value
 
 
-def _check_list(message: str, value: Any) -> None:
+def _check_list(name: str, value: Any, kind: str = "a list") -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{message}, but got {value!r}.")
+        raise TypeError(f"{name} must be {kind}, but got {value!r}.")
 
 
-def _checked(setting: str, where: str, value: Any) -> Number:
-    """A value of ``thresh`` or ``min_kept`` that the loss accepts."""
+def _check_number(setting: str, value: Any) -> None:
+    """Raise what the rule raises of a value of ``thresh`` or ``min_kept``."""
     if value is None:
-        raise TypeError(f"{where}: a schedule needs numbers, but got None.")
-    try:
-        replace(OhemRule(thresh=None, min_kept=0), **{setting: value})
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
-    return cast("Number", value)
+        raise TypeError("a schedule needs numbers, but got None.")
+    replace(OhemRule(thresh=None, min_kept=0), **{setting: value})
 
 
 def _check_piece(name: str, setting: str, piece: _Piece, own: Number | None) -> None:
