@@ -8,15 +8,15 @@ import torch
 pytest.importorskip("mmengine")
 
 from ohem_mm import OhemCrossEntropyLoss
-from ohem_mm.hooks.readings import class_shares, combine, read, summarize
+from ohem_mm.hooks.readings import Measured, read
 from ohem_mm.reference import kept_weights, pixel_losses
 
 
 def measure(loss, logits, target):
     stats = {"kept": None}
     loss(logits, target, stats=stats)
-    total = combine([read(loss, logits, target, stats).tolist()])
-    return {**summarize(total, loss.thresh), **class_shares(total)}
+    total = Measured.of([read(loss, logits, target, stats).tolist()])
+    return {**total.values(loss.thresh), **total.class_shares}
 
 
 def expected(loss, logits, target):
@@ -126,6 +126,6 @@ def test_several_calls_in_one_step_add_up():
         stats = {"kept": None}
         loss(logits[part], target[part], stats=stats)
         rows.append(read(loss, logits[part], target[part], stats).tolist())
-    total = combine(rows)
-    together = {**summarize(total, 0.05), **class_shares(total)}
+    total = Measured.of(rows)
+    together = {**total.values(0.05), **total.class_shares}
     assert together == pytest.approx(measure(loss, logits, target))

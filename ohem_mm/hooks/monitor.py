@@ -20,18 +20,7 @@ from ..region import RegionLoss
 from ..rule import is_int
 from ._losses import Listener, ohem_losses, region_losses, unwrap
 from .describing import describe
-from .readings import (
-    BRIEF,
-    HARD,
-    KEPT,
-    SCALARS,
-    VALID,
-    class_shares,
-    combine,
-    num_classes,
-    read,
-    summarize,
-)
+from .readings import BRIEF, SCALARS, Measured, read
 
 __all__ = ["OhemMonitorHook"]
 
@@ -192,9 +181,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
             and (not ignore_last or len(runner.train_dataloader) <= interval)
         )
 
-    def _mining_values(
-        self, runner: Any, name: str, calls: Sequence[Sequence[float]]
-    ) -> dict[str, float]:
+    def _mining_values(self, runner: Any, name: str, calls: list[list[float]]) -> dict[str, float]:
         """The values to log of a loss that mines; empty where no pixel was valid."""
         if not calls:
             if self._is_news(name, "silent"):
@@ -203,30 +190,26 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                     "recorded. It may be unused or compiled."
                 )
             return {}
-        total = combine(calls)
-        values = summarize(total, self._losses[name].rule.thresh)
+        total = Measured.of(calls)
+        values = total.values(self._losses[name].rule.thresh)
         if values:
             self._judge(runner, name, values, total)
-            values |= {
-                f"kept_share_{self._class_name(place, num_classes(total))}": share
-                for place, share in class_shares(total).items()
-            }
+            classes = len(total.valid_of_class)
+            for place, share in total.class_shares.items():
+                values[f"kept_share_{self._class_name(place, classes)}"] = share
         return values
 
-    def _overlap_values(
-        self, calls: Sequence[Sequence[float]], use_sigmoid: bool
-    ) -> dict[str, float]:
+    def _overlap_values(self, calls: list[list[float]], use_sigmoid: bool) -> dict[str, float]:
         """The values to log of a region loss, from its scores; empty where no class is present."""
         means = torch.tensor(calls, dtype=torch.float64).nanmean(0).tolist() if calls else []
         scores = {place: mean for place, mean in enumerate(means) if not math.isnan(mean)}
         if not scores:
             return {}
         one = use_sigmoid and len(means) == 1  # its channel is that of class 1
-        classes = 2 if one else len(means)
-        return {"overlap": sum(scores.values()) / len(scores)} | {
-            f"overlap_{self._class_name(place + one, classes)}": score
-            for place, score in scores.items()
-        }
+        values = {"overlap": sum(scores.values()) / len(scores)}
+        for place, score in scores.items():
+            values[f"overlap_{self._class_name(place + one, 2 if one else len(means))}"] = score
+        return values
 
     def _class_name(self, place: int, classes: int) -> str:
         """Name of a class as part of a tag, of letters that every backend accepts."""
@@ -234,19 +217,17 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
             return str(place)
         return re.sub(r"[^\w.-]+", "_", self._classes[place].strip())
 
-    def _judge(
-        self, runner: Any, name: str, values: dict[str, float], total: Sequence[float]
-    ) -> None:
+    def _judge(self, runner: Any, name: str, values: dict[str, float], total: Measured) -> None:
         """Count how often in a row mining was in vain, and warn where that is `patience` times."""
         rule = self._losses[name].rule
-        everything = total[KEPT] == total[VALID]
+        everything = total.kept == total.valid
         floor_alone = values.get("floor_active") == 1 and not everything
         times = f"in the last {self.patience} measurements"
         cause = (
             f"the floor min_kept={rule.min_kept} is as large as the pixels there are; use a "
             "smaller one, or a share such as 1/16."
         )
-        if total[HARD] == total[VALID]:
+        if total.hard == total.valid:
             cause = f"all pixels had a probability below thresh={rule.thresh}; use a lower thresh."
         messages = []
         if self._lasts(name, "inert", everything and not rule.keeps_all):
@@ -257,10 +238,10 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                 f"probability below thresh={rule.thresh}, so thresh decided nothing. Use a smaller "
                 "min_kept or a higher thresh, or thresh=None if you want the hardest pixels alone."
             )
-        shares = class_shares(total).items()
+        shares, classes = total.class_shares.items(), len(total.valid_of_class)
         never = [place for place, share in shares if self._lasts(name, place, share == 0)]
         if never:
-            titles = ", ".join(self._class_name(place, num_classes(total)) for place in never)
+            titles = ", ".join(self._class_name(place, classes) for place in never)
             messages.append(
                 f"no pixel was kept of {titles} {times} that saw "
                 f"{'it' if len(never) == 1 else 'them'}. That is well where the IoU is high; else "

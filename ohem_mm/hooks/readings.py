@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,56 @@ from ..loss import OhemCrossEntropyLoss
 BRIEF = ("kept_share", "thresh_effective")
 # What is measured of a loss, beside the shares of its classes.
 SCALARS = (*BRIEF, "hard_share", "floor_active", "loss_kept", "loss_dropped")
-# A reading, shape (8 + 2 C,): these numbers, then the valid and the kept pixels of each class.
-VALID, KEPT, HARD, _SUM_KEPT, _SUM_DROPPED, _POOLS, _FLOORS, _LOWEST = range(8)
+
+
+class Measured(NamedTuple):
+    """What was measured of a loss in one step; the last two are of each class, the rest sums.
+
+    ``lowest`` is the least loss of the pixels that the floor lifted, ``pools`` the number of pools
+    with a valid pixel, and ``floors`` that of pools in which the floor lifted any.
+    """
+
+    valid: float
+    kept: float
+    hard: float
+    loss_kept: float
+    loss_dropped: float
+    pools: float
+    floors: float
+    lowest: float
+    valid_of_class: Sequence[float]
+    kept_of_class: Sequence[float]
+
+    @classmethod
+    def of(cls, calls: Sequence[Sequence[float]]) -> Measured:
+        """Add up several calls of the loss, each as :func:`read` returns it."""
+        total = [math.fsum(column) for column in zip(*calls, strict=True)]
+        total[7] = min(call[7] for call in calls)
+        classes = (len(total) - 8) // 2
+        return cls._make([*total[:8], total[8 : 8 + classes], total[8 + classes :]])
+
+    def values(self, thresh: float | None) -> dict[str, float]:
+        """The values to log, for a loss of this ``thresh``; empty where no pixel is valid."""
+        if not self.valid:
+            return {}
+        dropped = self.valid - self.kept
+        values = {"kept_share": self.kept / self.valid}
+        reached = math.exp(-self.lowest) if self.floors else 0.0
+        if thresh is not None:
+            values["hard_share"] = self.hard / self.valid
+            values["thresh_effective"] = max(reached, thresh)
+            values["floor_active"] = self.floors / self.pools
+        elif self.floors:
+            values["thresh_effective"] = reached
+        values["loss_kept"] = self.loss_kept / self.kept if self.kept else 0.0
+        values["loss_dropped"] = self.loss_dropped / dropped if dropped > 0 else 0.0
+        return values
+
+    @property
+    def class_shares(self) -> dict[int, float]:
+        """Share of the kept pixels of each class that is present."""
+        pairs = enumerate(zip(self.valid_of_class, self.kept_of_class, strict=True))
+        return {place: kept / valid for place, (valid, kept) in pairs if valid}
 
 
 @torch.no_grad()
@@ -31,7 +80,7 @@ def read(
         stats: What it filled in: 'valid', 'kept' (weights) and 'mined', each of shape (N, ...).
 
     Returns:
-        The numbers that all values follow from, shape (8 + 2 C,).
+        The numbers of :class:`Measured`, shape (8 + 2 C,).
     """
     valid, kept, mined = stats["valid"], stats["kept"], stats["mined"]
     classes = 2 if loss.use_sigmoid and logits.shape[1] == 1 else logits.shape[1]
@@ -72,39 +121,3 @@ def read(
     )
     parts = (torch.stack([n.to(dtype) for n in numbers]), valid_of_class, of_each_class(kept))
     return torch.cat([part.to(dtype) for part in parts])
-
-
-def combine(numbers: Sequence[Sequence[float]]) -> list[float]:
-    """Add up the numbers of several calls of one loss."""
-    total = [math.fsum(column) for column in zip(*numbers, strict=True)]
-    total[_LOWEST] = min(row[_LOWEST] for row in numbers)
-    return total
-
-
-def num_classes(total: Sequence[float]) -> int:
-    """Number of classes that the numbers of a reading are about."""
-    return (len(total) - _LOWEST - 1) // 2
-
-
-def summarize(total: Sequence[float], thresh: float | None) -> dict[str, float]:
-    """The values to log, from the numbers of a reading; empty where no pixel is valid."""
-    valid, kept, hard, sum_kept, sum_dropped, pools, floors, lowest = total[: _LOWEST + 1]
-    if not valid:
-        return {}
-    values, reached = {"kept_share": kept / valid}, math.exp(-lowest) if floors else 0.0
-    if thresh is not None:
-        values["hard_share"] = hard / valid
-        values["thresh_effective"] = max(reached, thresh)
-        values["floor_active"] = floors / pools
-    elif floors:
-        values["thresh_effective"] = reached
-    values["loss_kept"] = sum_kept / kept if kept else 0.0
-    values["loss_dropped"] = sum_dropped / (valid - kept) if valid > kept else 0.0
-    return values
-
-
-def class_shares(total: Sequence[float]) -> dict[int, float]:
-    """Share of the kept pixels of each class that is present."""
-    classes = num_classes(total)
-    valid, kept = total[_LOWEST + 1 : _LOWEST + 1 + classes], total[_LOWEST + 1 + classes :]
-    return {place: kept[place] / valid[place] for place in range(classes) if valid[place]}
