@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ..loss import OhemCrossEntropyLoss
-from ..region import RegionLoss
-
 _Loss = TypeVar("_Loss", bound=nn.Module)
 
 
@@ -29,11 +26,12 @@ def losses_of(head: Any) -> list[nn.Module]:
     return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
-def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
-    """Every :class:`OhemCrossEntropyLoss` of a model.
+def named_losses(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
+    """Every loss of one kind in a model.
 
     Args:
         model: A segmentor, or any other model; wrapped or not.
+        kind: :class:`OhemCrossEntropyLoss` or :class:`RegionLoss`.
 
     Returns:
         The losses by name, in the order of the model. The name is that of the head
@@ -41,20 +39,11 @@ def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
         places in its list are appended (``decode_head.1``). Outside decode heads it is the name of
         the loss module.
     """
-    return _by_name(model, OhemCrossEntropyLoss)
-
-
-def region_losses(model: nn.Module) -> dict[str, RegionLoss]:
-    """Every :class:`RegionLoss` of a model, named as :func:`ohem_losses` names its own."""
-    return _by_name(model, RegionLoss)
-
-
-def _by_name(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
     found: dict[str, dict[str, _Loss]] = {}
     for name, module in unwrap(model).named_modules():
         if isinstance(module, kind):
-            head, _, place = name.partition("loss_decode")
-            if not _ or place.count(".") > 1:
+            head, inside, place = name.partition("loss_decode")
+            if not inside or place.count(".") > 1:
                 head, place = name, ""
             found.setdefault(head.rstrip("."), {})[place] = module
     return {

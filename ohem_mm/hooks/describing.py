@@ -6,7 +6,7 @@ from torch import nn
 
 from ..loss import OhemCrossEntropyLoss
 from ..region import RegionLoss
-from ._losses import losses_of, ohem_losses
+from ._losses import losses_of, named_losses
 
 _POOLS = {
     "batch": "the batch",
@@ -34,7 +34,7 @@ def describe(model: nn.Module) -> list[str]:
         lines.append(f"{name} ({type(head).__name__}): {'; '.join(words)}")
     lines += [
         f"{name}: {_describe_loss(loss, None)}"
-        for name, loss in ohem_losses(model).items()
+        for name, loss in named_losses(model, OhemCrossEntropyLoss).items()
         if id(loss) not in told
     ]
     return lines or ["the model has no loss that mines"]

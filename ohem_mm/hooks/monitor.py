@@ -18,7 +18,7 @@ from torch import Tensor
 from ..loss import OhemCrossEntropyLoss
 from ..region import RegionLoss
 from ..rule import is_int
-from ._losses import Listener, ohem_losses, region_losses, unwrap
+from ._losses import Listener, named_losses, unwrap
 from .describing import describe
 from .readings import BRIEF, SCALARS, Measured, read
 
@@ -99,8 +99,8 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
                 "listened to. Leave `compile` out of the config for a run that is monitored."
             )
         listens = not compiled and is_main_process()
-        self._losses = ohem_losses(runner.model) if listens else {}
-        self._regions = region_losses(runner.model) if listens else {}
+        self._losses = named_losses(runner.model, OhemCrossEntropyLoss) if listens else {}
+        self._regions = named_losses(runner.model, RegionLoss) if listens else {}
         self._in_log = ("overlap", *(SCALARS if len(self._losses) == 1 else BRIEF))
         self._streaks, self._warned = Counter(), set()
         metainfo = getattr(runner.train_dataloader.dataset, "metainfo", {})

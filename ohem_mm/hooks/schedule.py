@@ -16,7 +16,7 @@ from mmengine.runner import IterBasedTrainLoop
 
 from ..loss import OhemCrossEntropyLoss
 from ..rule import OhemRule, check_choice
-from ._losses import ohem_losses
+from ._losses import named_losses
 
 __all__ = ["OhemScheduleHook"]
 
@@ -117,7 +117,7 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
                 "OhemScheduleHook has by_epoch=True, but this training counts iterations only; "
                 "use by_epoch=False or an EpochBasedTrainLoop."
             )
-        self._losses = ohem_losses(runner.model)
+        self._losses = named_losses(runner.model, OhemCrossEntropyLoss)
         self._own = {
             name: {"thresh": loss.rule.thresh, "min_kept": loss.rule.min_kept}
             for name, loss in self._losses.items()

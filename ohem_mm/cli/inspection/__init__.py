@@ -13,7 +13,8 @@ from mmengine.registry import HOOKS
 
 from ohem_mm import cli
 from ohem_mm.cli.inspection.findings import FATAL, FINDINGS, merged, sentence
-from ohem_mm.cli.inspection.heads import MMSEG, OURS, REGION, SAMPLER, HeadReader, Row
+from ohem_mm.cli.inspection.heads import OURS, REGION, Head, Row
+from ohem_mm.cli.inspection.mmseg import MMSEG, SAMPLER
 from ohem_mm.cli.inspection.reading import Reading
 
 __all__ = ["FINDINGS", "Inspector", "check", "sentence"]
@@ -34,8 +35,8 @@ class Inspector(Reading):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.rows: list[Row] = []
-        for head in self.heads():
-            self.rows += HeadReader(self, head).rows
+        for path, node in self.heads():
+            self.rows += Head(self, path, node).rows
         self._check_whole()
         self.findings = merged(self.findings)
 

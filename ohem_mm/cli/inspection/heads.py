@@ -9,11 +9,19 @@ from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from torch import nn
 
 from ohem_mm import OhemCrossEntropyLoss, RegionLoss, cli
-from ohem_mm.cli.inspection.reading import BY_PLACE, OTHER_HEADS, Head, Reading, setting
+from ohem_mm.cli.inspection.mmseg import (
+    BY_PLACE,
+    MMSEG,
+    OTHER_HEADS,
+    SAMPLER,
+    asks_sampler,
+    problem_of_loss,
+    problem_of_sampler,
+)
+from ohem_mm.cli.inspection.reading import Reading, setting
 from ohem_mm.hooks.fused import _fused_function
 
 OURS, REGION = OhemCrossEntropyLoss.__name__, RegionLoss.__name__
-MMSEG, SAMPLER = "OhemCrossEntropy", "OHEMPixelSampler"
 
 _Loss = TypeVar("_Loss", OhemCrossEntropyLoss, RegionLoss)
 
@@ -48,31 +56,58 @@ class Row:
     fused: bool | None = None
 
 
-class HeadReader:
-    """Reads one head: its rows, and what is added to the findings of the config."""
+class Head:
+    """A decode head of a config: its rows, and what is added to the findings.
 
-    def __init__(self, reading: Reading, head: Head) -> None:
-        self.reading, self.head = reading, head
-        self.add, self.batch = reading.add, reading.batch
+    Attributes:
+        cls: Its class, whose defaults fill in what is not written; None when it is not installed.
+        losses: By their place in the head.
+        rows: One for each loss.
+    """
+
+    def __init__(self, reading: Reading, path: str, node: Any) -> None:
+        self.reading, self.add, self.batch = reading, reading.add, reading.batch
+        self.path, self.type, self.sampler = path, cli.type_name(node), node.get("sampler")
+        self.cls = reading.class_of(MODELS, node)
+        self.num_classes = node.get("num_classes")
+        self.channels = node.get("out_channels") or self.num_classes
+        self.ignore_index = setting(node, self.cls, "ignore_index", 255)
+        names = ["loss_decode"] if "loss_decode" in node else [key for key in node if "loss" in key]
+        losses = {name: node[name] for name in names}
+        losses = losses or {"loss_decode": setting(node, self.cls, "loss_decode", {})}
+        self.losses = {
+            place: loss
+            for place, loss in cli.iter_dicts(losses)
+            if place.count(".") < 2 and "type" in loss
+        }
+        self.by_place = self._entry(BY_PLACE)
+        self.asks_sampler = self.cls is None or asks_sampler(self.cls)
         self.rows: list[Row] = []
         self.built: dict[str, Any] = {}
-        self.by_place = head.entry(BY_PLACE)
-        reading.check_type(MODELS, head.path, head.node)
-        if head.sampler:
-            reading.check_type(TASK_UTILS, f"{head.path}.sampler", head.sampler)
-        for place, loss in head.losses.items():
+        reading.check_type(MODELS, path, node)
+        if self.sampler:
+            reading.check_type(TASK_UTILS, f"{path}.sampler", self.sampler)
+        for place, loss in self.losses.items():
             self._read_loss(place, loss)
-        count = self.by_place[0] if self.by_place else len(self.rows)
-        if count != len(self.rows):
-            found = len(self.rows)
-            self.add("loss-count", head.path, head=head.type, expected=count, length=found)
-        if head.sampler:
+        self._check()
+
+    def _entry(self, table: dict[str, Any]) -> Any:
+        """Entry of a table of heads, by the name of its class or of the nearest base; or None."""
+        names = [base.__name__ for base in self.cls.__mro__] if self.cls else [self.type]
+        return next((table[name] for name in names if name in table), None)
+
+    def _check(self) -> None:
+        count = len(self.rows)
+        if self.by_place and count != self.by_place[0]:
+            expected = self.by_place[0]
+            self.add("loss-count", self.path, head=self.type, expected=expected, length=count)
+        if self.sampler:
             self._check_sampler()
-        if other := head.entry(OTHER_HEADS):
+        if other := self._entry(OTHER_HEADS):
             for row in filter(lambda row: row.rule, self.rows):
-                values = {"head": head.type, "problem": other[0], "remedy": other[1]}
+                values = {"head": self.type, "problem": other[0], "remedy": other[1]}
                 self._inert("other-head", row, **values)
-        elif self.built and None not in self.built.values() and head.cls is not None:
+        elif self.built and None not in self.built.values() and self.cls is not None:
             self._check_fused()
 
     def _inert(self, code: str, row: Row, where: str = "", **values: Any) -> None:
@@ -82,8 +117,7 @@ class HeadReader:
     # --- which rule mines ------------------------------------------------------------------
 
     def _read_loss(self, place: str, loss: Any) -> None:
-        head = self.head
-        row = Row(f"{head.path}.{place}", head.type, cli.type_name(loss), head.ignore_index)
+        row = Row(f"{self.path}.{place}", self.type, cli.type_name(loss), self.ignore_index)
         self.reading.check_type(MODELS, row.where, loss)
         if row.loss == OURS:
             row.rule, row.mines = OURS, "yes"
@@ -96,9 +130,9 @@ class HeadReader:
             self.built[place] = region = self._build(RegionLoss, loss, row)
             if region is not None:
                 self._read_region(region, row)
-        elif cli.type_name(head.sampler) == SAMPLER:
+        elif cli.type_name(self.sampler) == SAMPLER:
             self._read_sampler(loss, row)
-        if self.by_place or head.asks_sampler:
+        if self.by_place or self.asks_sampler:
             self._check_loss(place, loss, row)
             self._check_ignored(row)
         self.rows.append(row)
@@ -112,7 +146,7 @@ class HeadReader:
             return None
 
     def _read_ours(self, ours: OhemCrossEntropyLoss, row: Row) -> None:
-        head, rule, where = self.head, ours.rule, row.where
+        rule, where = ours.rule, row.where
         row.thresh, row.min_kept, row.pool = rule.thresh, rule.min_kept, rule.pool
         per_image = rule.min_kept_per == "image"
         self._count(row, per_image and rule.pool in ("batch", "world"))
@@ -138,14 +172,14 @@ class HeadReader:
             self.add("one-pixel", where)
         if per_image and (row.unit == "valid" or rule.pool in ("image", "class")):
             self.add("unit-idle", where, pool=rule.pool)
-        if head.num_classes is not None:
-            num_classes = max(2, head.num_classes)
+        if self.num_classes is not None:
+            num_classes = max(2, self.num_classes)
             for cls in (cls for cls in rule.always_keep if cls >= num_classes):
                 self.add("always-keep", where, cls=cls, num_classes=num_classes)
-        if head.channels == 1 and not ours.use_sigmoid:
+        if self.channels == 1 and not ours.use_sigmoid:
             self._inert("one-channel", row)
-        elif ours.use_sigmoid and (head.channels or 0) > 1:
-            self.add("one-vs-rest", where, channels=head.channels)
+        elif ours.use_sigmoid and (self.channels or 0) > 1:
+            self.add("one-vs-rest", where, channels=self.channels)
         effects = {
             "none": "mmseg then takes the mean over all pixels, as avg='all' does",
             "sum": "the gradient then grows with the number of pixels",
@@ -156,18 +190,20 @@ class HeadReader:
             self.add("scaled-gradient", where, who="avg='all'")
 
     def _read_region(self, region: RegionLoss, row: Row) -> None:
-        if self.head.channels == 1 and not region.use_sigmoid:
+        if self.channels == 1 and not region.use_sigmoid:
             self._inert("one-channel", row)
         if region.rule.classes == "all" and not region.rule.smooth:
             self.add("absent-classes", row.where)
-        if len(self.head.losses) == 1:
+        if len(self.losses) == 1:
             self.add("region-alone", row.where)
 
     def _read_mmseg(self, loss: Any, row: Row) -> None:
         row.rule, row.mines, row.pool, row.divisor = MMSEG, "yes", "batch", "kept pixels"
         row.thresh, row.min_kept = loss.get("thres", 0.7), loss.get("min_kept", 100_000)
         row.ignore_index = loss.get("ignore_label", 255)
-        problem = self._problem_of_mmseg(loss, row)
+        problem = problem_of_loss(loss, row.thresh, row.min_kept)
+        if not problem and not self.by_place:
+            problem = f"does not take what {self.type} passes to it (TypeError)"
         if problem:
             self._inert("mmseg-loss", row, problem=problem)
             return
@@ -175,24 +211,8 @@ class HeadReader:
         self._check_rule(row)
         self.add("mmseg-unsafe", row.where)
 
-    def _problem_of_mmseg(self, loss: Any, row: Row) -> str:
-        own = ("ignore_label", "thres", "min_kept", "loss_weight", "class_weight", "loss_name")
-        if unknown := _unknown_setting(loss, own):
-            return unknown
-        if row.thresh is None:
-            return "stops at the first batch when thres=None, although it is documented"
-        if not 0 < row.thresh <= 1:
-            return f"has thres={row.thresh!r}, which is no probability"
-        if not isinstance(row.min_kept, int):
-            return f"has min_kept={row.min_kept!r}, which is no number of pixels"
-        if isinstance(loss.get("class_weight"), str):
-            return "cannot read class_weight from a file"
-        if not self.by_place:
-            return f"does not take what {self.head.type} passes to it (TypeError)"
-        return ""
-
     def _read_sampler(self, loss: Any, row: Row) -> None:
-        sampler = self.head.sampler
+        sampler = self.sampler
         row.rule, row.mines, row.pool = SAMPLER, "yes", "batch"
         row.thresh, row.min_kept = sampler.get("thresh"), sampler.get("min_kept", 100_000)
         row.divisor = "valid pixels" if loss.get("avg_non_ignore") else "all pixels"
@@ -231,29 +251,29 @@ class HeadReader:
             self._inert("thresh-idle", row, where, reason="thresh=1 calls every pixel hard")
 
     def _check_loss(self, place: str, loss: Any, row: Row) -> None:
-        head, where = self.head, row.where
+        where = row.where
         number = int(place.rpartition(".")[2]) if place[-1].isdigit() else None
         if row.loss == "CrossEntropyLoss" and self.by_place and number in self.by_place[1]:
-            self.add("ignored-label", where, head=head.type)
+            self.add("ignored-label", where, head=self.type)
         softmax = not loss.get("use_sigmoid", False)
-        if head.channels and "CrossEntropy" in row.loss and (softmax or row.loss == OURS):
+        if self.channels and "CrossEntropy" in row.loss and (softmax or row.loss == OURS):
             weight = loss.get("class_weight")
-            expected = 2 if head.channels == 1 and not softmax else head.channels
+            expected = 2 if self.channels == 1 and not softmax else self.channels
             if isinstance(weight, list | tuple) and len(weight) != expected:
                 self.add("class-weight", where, length=len(weight), expected=expected)
         if row.loss != OURS and "loss" not in str(loss.get("loss_name", "loss_")):
             self.add("loss-name", where, name=loss["loss_name"])
         if row.mines != "no" and loss.get("loss_weight", 1) == 0:
             self.add("loss-weight", where)
-        classes = max(2, head.channels or 2)
+        classes = max(2, self.channels or 2)
         if row.mines == "yes" and row.thresh is not None and row.thresh <= 1 / classes:
             self.add("thresh-below-chance", where, thresh=row.thresh, classes=classes)
 
     def _check_ignored(self, row: Row) -> None:
-        ignored, num_classes = row.ignore_index, self.head.num_classes
+        ignored, num_classes = row.ignore_index, self.num_classes
         if ignored is None:
             return
-        values = {"loss": ignored, "head": self.head.ignore_index}
+        values = {"loss": ignored, "head": self.ignore_index}
         loader = self.reading.cfg.get("train_dataloader")
         for path, node in cli.iter_dicts(loader, "train_dataloader"):
             if ".pipeline" in path:
@@ -272,19 +292,19 @@ class HeadReader:
             self.add("ignored-class", row.where, ignored=ignored, num_classes=num_classes)
 
     def _check_sampler(self) -> None:
-        head, where, kind = self.head, f"{self.head.path}.sampler", cli.type_name(self.head.sampler)
+        where, kind = f"{self.path}.sampler", cli.type_name(self.sampler)
         losses = [row.loss for row in self.rows]
         mined = [row for row in self.rows if row.rule == SAMPLER]
         if OURS in losses:
             self.add("sampler-beside-loss", where, sampler=kind)
         problem = ""
-        if not head.asks_sampler:
-            self.add("sampler-idle", where, head=head.type)
+        if not self.asks_sampler:
+            self.add("sampler-idle", where, head=self.type)
         elif kind != SAMPLER:
             return
-        elif problem := self._problem_of_sampler(losses):
+        elif problem := problem_of_sampler(self.sampler, losses, self.channels):
             self.add("bad-sampler", where, problem=problem)
-        if problem or not head.asks_sampler:
+        if problem or not self.asks_sampler:
             for row in mined:
                 row.mines = "inert"
             return
@@ -293,50 +313,31 @@ class HeadReader:
         for loss in losses:
             if "CrossEntropy" not in loss:
                 self.add("sampler-other-loss", where, loss=loss)
-        if head.sampler.get("thresh") is None:
+        if self.sampler.get("thresh") is None:
             self.add("top-k", where)
         if any(row.mines == "yes" for row in mined):
             self.add("scaled-gradient", where, who=SAMPLER)
 
-    def _problem_of_sampler(self, losses: list[str]) -> str:
-        sampler = self.head.sampler
-        thresh, min_kept = sampler.get("thresh"), sampler.get("min_kept", 100_000)
-        if unknown := _unknown_setting(sampler, ("thresh", "min_kept")):
-            return unknown
-        if not isinstance(min_kept, int) or min_kept < 2:
-            return f"refuses min_kept={min_kept!r}: it takes an int of 2 pixels or more"
-        if thresh is not None and not 0 < thresh <= 1:
-            return f"has thresh={thresh!r}, which is no probability"
-        if thresh is not None and self.head.channels == 1:
-            return "with a thresh stops at the first batch when the head has one channel"
-        return "beside DiceLoss stops at the first batch" if "DiceLoss" in losses else ""
-
     def _check_fused(self) -> None:
         # The hook's own decision, on a head that has nothing but what the decision looks at.
-        head, bare = self.head, nn.Module.__new__(self.head.cls)
+        bare = nn.Module.__new__(self.cls)
         nn.Module.__init__(bare)
         bare.loss_decode = nn.ModuleList(
-            self.built.get(place) or _nameless(loss) for place, loss in head.losses.items()
+            self.built.get(place) or _nameless(loss) for place, loss in self.losses.items()
         )
-        bare.sampler = _nameless(head.sampler) if head.sampler else None
-        bare.ignore_index = head.ignore_index
+        bare.sampler = _nameless(self.sampler) if self.sampler else None
+        bare.ignore_index = self.ignore_index
         function, reason = _fused_function(bare)
         hooked = "FusedOhemHook" in self.reading.hooks
         for row in self.rows:
             row.fused = hooked and function is not None if row.rule == OURS else None
         if hooked and function is None:
-            self.add("not-fused", head.path, reason=reason)
+            self.add("not-fused", self.path, reason=reason)
         elif not hooked and function is not None and any(row.mines == "yes" for row in self.rows):
-            self.add("could-be-fused", head.path)
+            self.add("could-be-fused", self.path)
 
 
 def _nameless(node: Any) -> nn.Module:
     """A module that has nothing but the name of its class."""
     module: nn.Module = type(cli.type_name(node), (nn.Module,), {})()
     return module
-
-
-def _unknown_setting(node: Any, names: tuple[str, ...]) -> str:
-    """A sentence about a setting that mmseg's class does not have, or ''."""
-    unknown = [key for key in cli.settings_of(node) if key not in names]
-    return f"has no setting {unknown[0]!r}; it has {', '.join(names)}" if unknown else ""

@@ -1,4 +1,4 @@
-"""What a config says of its batches and heads, with the defaults of the classes filled in."""
+"""What a config says of its batches, and where its heads are."""
 
 from __future__ import annotations
 
@@ -11,23 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmengine.registry import MODELS, Registry
+from mmengine.registry import Registry
 
 from ohem_mm import cli
 from ohem_mm.cli.inspection.findings import Finding
-
-# Heads that call the losses of a list by place and hide the ignored label from those places.
-BY_PLACE = {"DDRHead": (2, (0, 1)), "PIDHead": (4, (1, 3))}
-_MASKS = ("classifies masks, not pixels", "keep the losses that it is made for")
-# Heads that do not classify pixels by a loss of their own: what they are, and what to do instead.
-OTHER_HEADS = {
-    "IterativeDecodeHead": (
-        "has no loss of its own",
-        "set loss_decode of its kernel_generate_head",
-    ),
-    **dict.fromkeys(("MaskFormerHead", "Mask2FormerHead", "SideAdapterCLIPHead"), _MASKS),
-    "VPDDepthHead": ("predicts depth, not classes", "keep the loss that it is made for"),
-}
 
 
 class Batch(NamedTuple):
@@ -43,35 +30,6 @@ class Batch(NamedTuple):
         count = {"image": 2, "world": 4}.get(pool, 3)
         known = list(filter(None, (self.height, self.width, self.images, self.gpus)[:count]))
         return math.prod(known) if len(known) == count else None
-
-
-class Head(NamedTuple):
-    """A decode head of the config, with the defaults of its class filled in."""
-
-    path: str
-    node: Any
-    type: str
-    cls: Any  # None when it is not installed here
-    losses: dict[str, Any]
-    sampler: Any
-    channels: int | None
-    num_classes: int | None
-    ignore_index: int | None
-
-    def entry(self, table: dict[str, Any]) -> Any:
-        """Entry of a table of heads, by the name of its class or of the nearest base; or None."""
-        names = [base.__name__ for base in self.cls.__mro__] if self.cls else [self.type]
-        return next((table[name] for name in names if name in table), None)
-
-    @property
-    def asks_sampler(self) -> bool:
-        """Whether its loss looks at the sampler, by the names that its code uses."""
-        for base in self.cls.__mro__ if self.cls else ():
-            if method := vars(base).get("loss_by_feat"):
-                names = method.__code__.co_names
-                if "sampler" in names or "super" not in names:
-                    return "sampler" in names
-        return self.cls is None
 
 
 class Reading:
@@ -122,33 +80,13 @@ class Reading:
             remedy = f"did you mean {' or '.join(map(repr, close))}?"
         self.add("unknown-type", where, type=name, remedy=remedy)
 
-    def heads(self) -> Iterator[Head]:
-        """Every dict of the model that is a decode head with losses of its own."""
+    def heads(self) -> Iterator[tuple[str, Any]]:
+        """Path and dict of every decode head of the model that has losses of its own."""
         for path, node in cli.iter_dicts(self.model):
             named = re.search(r"(^|\.)(decode_head|auxiliary_head)(\.\d+)?$", path)
             inner = any("loss_decode" in part for place, part in cli.iter_dicts(node) if place)
-            if "type" not in node or not ("loss_decode" in node or (named and not inner)):
-                continue
-            cls = self.class_of(MODELS, node)
-            keys = ["loss_decode"] if "loss_decode" in node else [k for k in node if "loss" in k]
-            losses = {key: node[key] for key in keys}
-            losses = losses or {"loss_decode": setting(node, cls, "loss_decode", {})}
-            num_classes = node.get("num_classes")
-            yield Head(
-                path,
-                node,
-                type=cli.type_name(node),
-                cls=cls,
-                losses={
-                    place: loss
-                    for place, loss in cli.iter_dicts(losses)
-                    if place.count(".") < 2 and "type" in loss
-                },
-                sampler=node.get("sampler"),
-                channels=node.get("out_channels") or num_classes,
-                num_classes=num_classes,
-                ignore_index=setting(node, cls, "ignore_index", 255),
-            )
+            if "type" in node and ("loss_decode" in node or (named and not inner)):
+                yield path, node
 
     def _read_batch(self) -> Batch:
         """From the loader, the pipeline, the padding and the name."""
