@@ -109,17 +109,14 @@ def _check_option(cfg: Config, key: str) -> None:
     node: Any = {name: cfg[name] for name in cfg}
     for depth, part in enumerate(parts):
         where = ".".join(parts[:depth]) or "the config"
+        said = f"--cfg-options {key}: {where}"
         if isinstance(node, list | tuple):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(
-                    f"--cfg-options {key}: {where} is a list, so {part!r} must be an index "
-                    f"from 0 to {len(node) - 1}"
-                )
+            last = len(node) - 1
+            if not part.isdigit() or int(part) > last:
+                raise UserError(f"{said} is a list, so {part!r} must be an index from 0 to {last}")
             node = node[int(part)]
         elif not isinstance(node, dict):
-            raise UserError(
-                f"--cfg-options {key}: {where} is {node!r} in the config and holds no {part!r}"
-            )
+            raise UserError(f"{said} is {node!r} in the config and holds no {part!r}")
         elif part in node:
             node = node[part]
         else:
@@ -128,7 +125,7 @@ def _check_option(cfg: Config, key: str) -> None:
                 return
             # One letter too few or too many; class_weight and loss_weight are further apart.
             close = difflib.get_close_matches(part, sorted({*known}), cutoff=0.88)
-            slip = f"--cfg-options {key}: {where} has no {part!r}"
+            slip = f"{said} has no {part!r}"
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             # A new setting of an existing dict may well be meant; a new branch that looks
             # like an old one, or a top-level key that nobody reads, is a slip.

@@ -112,8 +112,10 @@ class Counts:
         self, thresh: float | None, min_kept: Kept, per_image: bool = False
     ) -> tuple[float, float]:
         """Share of pools where the floor decides, and share of valid pixels kept in all."""
-        hard = floor = self.floor(min_kept, per_image)
-        hard = hard * 0 if thresh is None else self.hard[:, self.threshes.index(thresh)]
+        floor = self.floor(min_kept, per_image)
+        hard = torch.zeros_like(floor)
+        if thresh is not None:
+            hard = self.hard[:, self.threshes.index(thresh)]
         kept = torch.maximum(hard, floor).sum().item() / max(1, self.valid.sum().item())
         return (hard < floor).double().mean().item(), kept
 

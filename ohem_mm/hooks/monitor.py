@@ -74,8 +74,8 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
     """
 
     def __init__(self, interval: int | None = None, patience: int = 20) -> None:
-        given: dict[str, Any] = {"patience": patience}
-        for name, value in (given if interval is None else given | {"interval": interval}).items():
+        checked = {"interval": 1 if interval is None else interval, "patience": patience}
+        for name, value in checked.items():
             if not is_int(value) or value < 1:
                 raise ValueError(f"{name} must be an int above 0, but got {value!r}.")
         self.interval = interval
