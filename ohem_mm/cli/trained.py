@@ -31,7 +31,7 @@ def build_model(cfg: Config, checkpoint: str, *, training: bool = False) -> Any:
     Raises:
         UserError: The checkpoint cannot be read, or does not fit the model.
     """
-    _set_scope(cfg)
+    init_default_scope(cfg.get("default_scope") or "mmseg")
     if cfg.get("data_preprocessor"):
         cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -43,11 +43,6 @@ def build_model(cfg: Config, checkpoint: str, *, training: bool = False) -> Any:
     return model.to(get_device())
 
 
-def _set_scope(cfg: Config) -> None:
-    """Let mmengine find the classes of a config, as its Runner does."""
-    init_default_scope(cfg.get("default_scope") or "mmseg")
-
-
 def training_batches(cfg: Config, split: str, seed: int) -> Any:
     """Training's loader; for 'val', with the images of the validation set.
 
@@ -57,7 +52,7 @@ def training_batches(cfg: Config, split: str, seed: int) -> Any:
     for key in ("train_dataloader", f"{split}_dataloader"):
         if cfg.get(key) is None:
             raise cli.UserError(f"the config has no {key}, so there are no batches to look at")
-    _set_scope(cfg)
+    init_default_scope(cfg.get("default_scope") or "mmseg")
     loader = cfg.train_dataloader
     if split != "train":
         dataset = cfg[f"{split}_dataloader"].dataset
@@ -75,7 +70,7 @@ def whole_images(cfg: Config, split: str, first: int | None = None) -> Any:
     """
     if cfg.get(f"{split}_dataloader") is None:
         raise cli.UserError(f"the config has no {split}_dataloader")
-    _set_scope(cfg)
+    init_default_scope(cfg.get("default_scope") or "mmseg")
     loader = cfg[f"{split}_dataloader"].copy()
     if split == "train":
         # No crops and no augmentation: the whole image, as the model is tested.
