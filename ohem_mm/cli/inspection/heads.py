@@ -323,9 +323,9 @@ class Head:
         bare = nn.Module.__new__(self.cls)
         nn.Module.__init__(bare)
         bare.loss_decode = nn.ModuleList(
-            self.built.get(place) or _nameless(loss) for place, loss in self.losses.items()
+            self.built.get(place) or _stand_in(loss) for place, loss in self.losses.items()
         )
-        bare.sampler = _nameless(self.sampler) if self.sampler else None
+        bare.sampler = _stand_in(self.sampler) if self.sampler else None
         bare.ignore_index = self.ignore_index
         function, reason = _fused_function(bare)
         hooked = "FusedOhemHook" in self.reading.hooks
@@ -337,7 +337,7 @@ class Head:
             self.add("could-be-fused", self.path)
 
 
-def _nameless(node: Any) -> nn.Module:
+def _stand_in(node: Any) -> nn.Module:
     """A module that has nothing but the name of its class."""
     module: nn.Module = type(cli.type_name(node), (nn.Module,), {})()
     return module
