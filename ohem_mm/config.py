@@ -38,11 +38,12 @@ def list_configs() -> list[str]:
 
 
 def _list_tools() -> list[str]:
+    """Names of all shipped tools; what the others share begins with an underscore."""
     root = _root()
     return sorted(
         path.relative_to(root).as_posix()
         for path in (root / "tools").rglob("*")
-        if path.suffix in (".py", ".sh")
+        if path.suffix in (".py", ".sh") and not path.name.startswith("_")
     )
 
 

@@ -125,6 +125,13 @@ class OhemRule:
         object.__setattr__(self, "always_keep", tuple(int(cls) for cls in self.always_keep))
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether ``min_kept`` says that no valid pixel shall be dropped, as in a warm-up."""
+        if not self.min_kept:
+            return self.habits.zero_keeps_all
+        return isinstance(self.min_kept, float) and self.min_kept == 1
+
+    @property
     def plain(self) -> bool:
         """Whether no habit makes a difference to the rule as it stands."""
         # What min_kept=0 means is settled when the rule is made, or does not arise.

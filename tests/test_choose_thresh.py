@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import math
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("rich")
 
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
@@ -59,6 +60,8 @@ def call(choose, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments, options=()):
+        # A process of its own begins without a scope; tests before this one leave theirs.
+        monkeypatch.setattr(DefaultScope, "_instance_dict", OrderedDict())
         arguments = [*map(str, arguments), "--cfg-options", *OPTIONS, *options]
         monkeypatch.setattr(sys, "argv", ["choose_thresh", *arguments])
         code = cli.run(choose.main)

@@ -62,6 +62,13 @@ def test_unknown_name_lists_the_nearest(typo, nearest):
     assert isinstance(caught.value, FileNotFoundError)
 
 
+def test_what_tools_share_is_no_tool():
+    with pytest.raises(UnknownConfigError) as caught:
+        config_path("tools/launch.sh")
+    assert "_launch" not in str(caught.value)
+    assert config_path("tools/_launch.sh").is_file()
+
+
 def test_name_close_to_nothing():
     with pytest.raises(UnknownConfigError, match="no name is close to it"):
         config_path("zzz/0123")

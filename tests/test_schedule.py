@@ -16,7 +16,7 @@ from ohem_mm import OhemCrossEntropyLoss
 from ohem_mm.cli import allow_mmengine_checkpoints
 from ohem_mm.config import config_path
 from ohem_mm.hooks import OhemScheduleHook
-from ohem_mm.hooks._losses import ohem_losses
+from ohem_mm.hooks._losses import named_losses
 
 LINEAR = {"type": "linear", "start": 0.9, "stop": 0.5, "begin": 2, "end": 6}
 
@@ -187,7 +187,7 @@ def test_names_of_losses():
             "criterion": ours(),
         }
     )
-    assert list(ohem_losses(model)) == [
+    assert list(named_losses(model, OhemCrossEntropyLoss)) == [
         "decode_head",
         "pid.1",
         "pid.3",

@@ -17,61 +17,31 @@ except ImportError as error:
     )
     raise SystemExit(2) from None
 
-from ohem_mm.cli.checks import (
-    check_amp_device,
-    check_checkpoint,
-    check_datasets,
-    check_hooks,
-    check_losses,
-    check_pretrained,
-    check_work_dir,
-    is_local,
-)
-from ohem_mm.cli.configs import (
-    apply_options,
-    iter_dicts,
-    keep_two_checkpoints,
-    load_config,
-    type_name,
-    use_amp,
-    use_bf16,
-    use_channels_last,
-)
-from ohem_mm.cli.options import (
-    ConfigOptions,
-    add_common_arguments,
-    add_config_argument,
-    add_config_options,
-    parse_value,
-)
-from ohem_mm.cli.process import allow_mmengine_checkpoints, build_runner, is_first_rank, run
-from ohem_mm.errors import UserError
-
-__all__ = [
-    "ConfigOptions",
-    "UserError",
-    "add_common_arguments",
-    "add_config_argument",
-    "add_config_options",
-    "allow_mmengine_checkpoints",
-    "apply_options",
-    "build_runner",
-    "check_amp_device",
-    "check_checkpoint",
-    "check_datasets",
-    "check_hooks",
-    "check_losses",
-    "check_pretrained",
-    "check_work_dir",
-    "is_first_rank",
-    "is_local",
-    "iter_dicts",
-    "keep_two_checkpoints",
-    "load_config",
-    "parse_value",
-    "run",
-    "type_name",
-    "use_amp",
-    "use_bf16",
-    "use_channels_last",
-]
+# "As" the same name: part of this package's own.
+from ohem_mm.cli.checks import check_amp_device as check_amp_device
+from ohem_mm.cli.checks import check_checkpoint as check_checkpoint
+from ohem_mm.cli.checks import check_datasets as check_datasets
+from ohem_mm.cli.checks import check_hooks as check_hooks
+from ohem_mm.cli.checks import check_losses as check_losses
+from ohem_mm.cli.checks import check_pretrained as check_pretrained
+from ohem_mm.cli.checks import check_work_dir as check_work_dir
+from ohem_mm.cli.checks import is_local as is_local
+from ohem_mm.cli.configs import apply_options as apply_options
+from ohem_mm.cli.configs import iter_dicts as iter_dicts
+from ohem_mm.cli.configs import keep_two_checkpoints as keep_two_checkpoints
+from ohem_mm.cli.configs import load_config as load_config
+from ohem_mm.cli.configs import settings_of as settings_of
+from ohem_mm.cli.configs import type_name as type_name
+from ohem_mm.cli.configs import use_amp as use_amp
+from ohem_mm.cli.configs import use_bf16 as use_bf16
+from ohem_mm.cli.configs import use_channels_last as use_channels_last
+from ohem_mm.cli.options import ConfigOptions as ConfigOptions
+from ohem_mm.cli.options import add_common_arguments as add_common_arguments
+from ohem_mm.cli.options import add_config_argument as add_config_argument
+from ohem_mm.cli.options import add_config_options as add_config_options
+from ohem_mm.cli.options import parse_value as parse_value
+from ohem_mm.cli.process import allow_mmengine_checkpoints as allow_mmengine_checkpoints
+from ohem_mm.cli.process import build_runner as build_runner
+from ohem_mm.cli.process import run as run
+from ohem_mm.errors import UserError as UserError
+from ohem_mm.errors import warn as warn

@@ -7,9 +7,7 @@ Here both end in one sentence, before any work is done.
 from __future__ import annotations
 
 import re
-import sys
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +69,7 @@ def load_weights(model: nn.Module, file: str, *, to_train: bool = False) -> dict
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         # Its first line names the class; each line below, one parameter.
-        misfits: Sequence[str] = [line.strip() for line in str(error).splitlines()[1:]]
+        misfits = [line.strip() for line in str(error).splitlines()[1:]]
     else:
         needed = {name for name, _ in model.named_parameters()}
         misfits = [
@@ -92,13 +90,13 @@ def load_weights(model: nn.Module, file: str, *, to_train: bool = False) -> dict
 
 def numbered(folder: Path) -> list[Path]:
     """The whole checkpoints of a work dir, latest first; a kill may have cut off the last one."""
-    steps = {}
-    for path in folder.glob("*.pth"):
-        found = re.fullmatch(r"(?:iter|epoch)_(\d+)\.pth", path.name)
-        # A checkpoint is a zip file, and the table of contents of that lies at its end.
-        if found and zipfile.is_zipfile(path):
-            steps[path] = int(found[1])
-    return sorted(steps, key=lambda path: -steps[path])
+    # A checkpoint is a zip file, and the table of contents of that lies at its end.
+    whole = [
+        path
+        for path in folder.glob("*.pth")
+        if re.fullmatch(r"(iter|epoch)_\d+\.pth", path.name) and zipfile.is_zipfile(path)
+    ]
+    return sorted(whole, key=lambda path: -int(path.stem.rpartition("_")[2]))
 
 
 def find_resume(work_dir: str) -> str | None:
@@ -125,11 +123,10 @@ def find_resume(work_dir: str) -> str | None:
     if whole:
         if named or marker.is_file():
             state = f"names {named!r}, which is not whole" if named else "is empty"
-            print(f"note: {marker} {state}; going on from {whole[0]}", file=sys.stderr)
+            cli.warn(f"{marker} {state}; going on from {whole[0]}", "note")
         return str(whole[0])
     if named:
-        if path.is_file() or moved.is_file():
-            read(str(path if path.is_file() else moved))  # says what is wrong with it
+        read(str(moved) if moved.is_file() and not path.is_file() else named)  # says what is wrong
         cli.check_checkpoint(named)
     return None
 
@@ -149,8 +146,8 @@ def check_resume(cfg: Config, model: nn.Module, file: str) -> None:
     for key, unit in (("max_iters", "iter"), ("max_epochs", "epoch")):
         last = (cfg.get("train_cfg") or {}).get(key)
         if last is not None and meta[unit] >= last:
-            print(
-                f"note: --resume: {file} is at {unit} {meta[unit]} of {last}, so nothing is left "
-                f"to train; to go on, raise train_cfg.{key} and the end of param_scheduler",
-                file=sys.stderr,
+            cli.warn(
+                f"--resume: {file} is at {unit} {meta[unit]} of {last}, so nothing is left to "
+                f"train; to go on, raise train_cfg.{key} and the end of param_scheduler",
+                "note",
             )

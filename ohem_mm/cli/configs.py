@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import io
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from ohem_mm.config import config_path
-from ohem_mm.errors import UserError
+from ohem_mm.errors import UserError, warn
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -82,6 +81,11 @@ def type_name(node: Any) -> str:
     return kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
 
 
+def settings_of(node: Any) -> dict[str, Any]:
+    """What a config's dict passes to the class that it names."""
+    return {key: node[key] for key in node if key not in ("type", "_scope_")}
+
+
 def apply_options(cfg: Config, options: dict[str, Any]) -> None:
     """Merge ``--cfg-options`` (dotted keys or nested dicts) into the config, and check the keys.
 
@@ -105,28 +109,23 @@ def _check_option(cfg: Config, key: str) -> None:
     node: Any = {name: cfg[name] for name in cfg}
     for depth, part in enumerate(parts):
         where = ".".join(parts[:depth]) or "the config"
+        said = f"--cfg-options {key}: {where}"
         if isinstance(node, list | tuple):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(
-                    f"--cfg-options {key}: {where} is a list, so {part!r} must be an index "
-                    f"from 0 to {len(node) - 1}"
-                )
+            last = len(node) - 1
+            if not part.isdigit() or int(part) > last:
+                raise UserError(f"{said} is a list, so {part!r} must be an index from 0 to {last}")
             node = node[int(part)]
         elif not isinstance(node, dict):
-            raise UserError(
-                f"--cfg-options {key}: {where} is {node!r} in the config and holds no {part!r}"
-            )
+            raise UserError(f"{said} is {node!r} in the config and holds no {part!r}")
         elif part in node:
             node = node[part]
         else:
-            known = list(node)
-            if depth == 0:
-                known += _top_level_keys()
-                if part in known:
-                    return
+            known = [*node, *(_top_level_keys() if depth == 0 else ())]
+            if part in known:
+                return
             # One letter too few or too many; class_weight and loss_weight are further apart.
             close = difflib.get_close_matches(part, sorted({*known}), cutoff=0.88)
-            slip = f"--cfg-options {key}: {where} has no {part!r}"
+            slip = f"{said} has no {part!r}"
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             # A new setting of an existing dict may well be meant; a new branch that looks
             # like an old one, or a top-level key that nobody reads, is a slip.
@@ -134,7 +133,7 @@ def _check_option(cfg: Config, key: str) -> None:
             if close and (depth == 0 or not is_leaf):
                 raise UserError(slip + hint)
             if close or not is_leaf:
-                print(f"warning: {slip}; it is added as a new key{hint}", file=sys.stderr)
+                warn(f"{slip}; it is added as a new key{hint}")
             return
 
 
@@ -150,12 +149,11 @@ def _move_data_root(cfg: Config, old: str | None, new: str) -> None:
     A config is evaluated before the options are merged, so its data sets hold copies of the
     old value.
     """
-    users = [
-        node for path, node in iter_dicts(cfg) if path and isinstance(node.get("data_root"), str)
-    ]
+    dicts = (node for path, node in iter_dicts(cfg) if path)
+    users = [node for node in dicts if isinstance(node.get("data_root"), str)]
     roots = {node["data_root"] for node in users}
     if old is None and len(roots - {new}) == 1:
-        old = next(iter(roots - {new}))
+        (old,) = roots - {new}
     moved = [node for node in users if node["data_root"] == old]
     if not moved and new not in roots:
         raise UserError(
@@ -175,12 +173,9 @@ def use_amp(cfg: Config) -> None:
     Raises:
         UserError: The config has an optimizer wrapper of another kind.
     """
-    kind = type_name(cfg.optim_wrapper)
-    on_cpu = get_device() == "cpu"
+    kind, on_cpu = _kind_of_wrapper(cfg, "--amp"), get_device() == "cpu"
     if kind == "Bf16OptimWrapper" or (kind == "AmpOptimWrapper" and not on_cpu):
-        print("warning: --amp: the config trains in mixed precision already", file=sys.stderr)
-    elif kind not in ("OptimWrapper", "AmpOptimWrapper", ""):
-        raise UserError(f"--amp works with the OptimWrapper, but the config has {kind}")
+        warn("--amp: the config trains in mixed precision already")
     elif on_cpu:
         use_bf16(cfg)
     else:
@@ -194,13 +189,17 @@ def use_bf16(cfg: Config) -> None:
     Raises:
         UserError: The config has an optimizer wrapper of another kind.
     """
-    wrapper = cfg.optim_wrapper
-    kind = type_name(wrapper)
-    if kind not in ("OptimWrapper", "AmpOptimWrapper", "Bf16OptimWrapper", ""):
-        raise UserError(f"bf16 works with the OptimWrapper, but the config has {kind}")
+    _kind_of_wrapper(cfg, "bf16")
     for key in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
-        wrapper.pop(key, None)
-    wrapper.type = "Bf16OptimWrapper"
+        cfg.optim_wrapper.pop(key, None)
+    cfg.optim_wrapper.type = "Bf16OptimWrapper"
+
+
+def _kind_of_wrapper(cfg: Config, option: str) -> str:
+    kind = type_name(cfg.optim_wrapper)
+    if kind not in ("OptimWrapper", "AmpOptimWrapper", "Bf16OptimWrapper", ""):
+        raise UserError(f"{option} works with the OptimWrapper, but the config has {kind}")
+    return kind
 
 
 def use_channels_last(cfg: Config) -> None:

@@ -6,6 +6,7 @@ the data all of them are, until the one at fault is found.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -78,30 +79,21 @@ def problem(dataset: Any, index: int, labels: Labels) -> tuple[str, bool]:
             break
     else:
         return "", False
-    label = results["gt_seg_map"]
+    label, pixels = results["gt_seg_map"], results.get("img")
+    present, allowed = {*np.unique(label).tolist()}, labels.ignored | {dataset.ignore_index}
+    classes = math.inf if labels.num_classes is None else labels.num_classes
+    strange = sorted(value for value in present - allowed if value >= classes)
+    found = ""
     if label.ndim != 2:
-        return (
-            f"the label map {file} has {label.shape[-1]} channels, and needs one that holds the "
-            "index of the class",
-            False,
-        )
-    pixels = results.get("img")
-    if pixels is not None and pixels.shape[:2] != label.shape:
+        found = f"has {label.shape[-1]} channels, and needs one that holds the index of the class"
+    elif pixels is not None and pixels.shape[:2] != label.shape:
         sizes = [f"{shape[1]}x{shape[0]}" for shape in (label.shape, pixels.shape)]
-        return f"the label map {file} is {sizes[0]}, and its image {image} is {sizes[1]}", False
-    present = np.unique(label).tolist()
-    allowed = labels.ignored | {dataset.ignore_index}
-    strange = [value for value in present if value not in allowed]
-    if labels.num_classes is not None:
-        strange = [value for value in strange if value >= labels.num_classes]
-        if strange and _is_plain(dataset):
-            shown = ", ".join(map(str, strange[:5])) + ", ..." * (len(strange) > 5)
-            return (
-                f"the label map {file} has the labels {shown}; with {labels.num_classes} classes "
-                f"they are 0 to {labels.num_classes - 1}, and {_listed(allowed)} for ignored",
-                False,
-            )
-    return "", set(present) <= allowed
+        found = f"is {sizes[0]}, and its image {image} is {sizes[1]}"
+    elif strange and _is_plain(dataset):
+        shown = ", ".join(map(str, strange[:5])) + ", ..." * (len(strange) > 5)
+        found = f"has the labels {shown}; with {classes} classes they are 0 to {classes - 1}, and "
+        found += f"{_listed(allowed)} for ignored"
+    return found and f"the label map {file} {found}", not found and present <= allowed
 
 
 def check_labels(cfg: Config) -> None:
@@ -122,12 +114,11 @@ def check_labels(cfg: Config) -> None:
             if found:
                 raise cli.UserError(found)
             empty.append(is_empty)
-        if empty and all(empty) and cli.is_first_rank():
+        if empty and all(empty):
             file = dataset.get_data_info(places[0]).get("seg_map_path")
-            print(
-                f"warning: in all {len(places)} label maps that were looked at ({file} ...) every "
-                f"pixel is ignored ({_listed(labels.ignored)}), so there may be nothing to learn",
-                file=sys.stderr,
+            cli.warn(
+                f"in all {len(places)} label maps that were looked at ({file} ...) every pixel is "
+                f"ignored ({_listed(labels.ignored)}), so there may be nothing to learn"
             )
 
 

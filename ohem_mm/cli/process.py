@@ -84,11 +84,6 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
 
 
-def is_first_rank() -> bool:
-    """Whether this is the first of all processes, known before they have met."""
-    return int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", 0))) == 0
-
-
 def _history_buffer_method(owner: object, name: str) -> Any:
     """``getattr`` for checkpoints, limited to the statistics that mmengine pickles by name."""
     from mmengine.logging import HistoryBuffer

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,7 @@ class Counts:
         groups, group = 1, torch.zeros_like(target)
         if self.pool == "image":
             groups = len(target)
-            numbers = torch.arange(groups, device=target.device)
-            group = group + numbers.view(-1, *[1] * (target.dim() - 1))
+            group = torch.arange(groups).to(target).view(-1, *[1] * (target.dim() - 1)) + group
         elif self.pool == "class":
             groups, group = num_classes, target
         # Ascending losses; a pixel is hard at each thresh whose -log(thresh) is below its loss.
@@ -105,9 +105,8 @@ class Counts:
         """``min_kept`` in pixels of each pool, int64, shape (pools,)."""
         if isinstance(min_kept, float):
             return share_of(self.valid, min_kept)
-        per_image = per_image and self.pool == "batch"
-        k = min_kept * (self.images if per_image else torch.ones_like(self.images))
-        return torch.minimum(k, self.valid)
+        k = min_kept * (self.images if per_image and self.pool == "batch" else 1)
+        return torch.minimum(torch.as_tensor(k), self.valid)
 
     def binds(
         self, thresh: float | None, min_kept: Kept, per_image: bool = False
@@ -169,32 +168,29 @@ class Watch:
                     continue
                 counts = Counts(rule, {*self.threshes, *CURVE, *own}, pool)
                 self.counts[f"{name}, loss {number}" if len(losses) > 1 else name] = counts
-                loss.register_forward_pre_hook(self._look(name, counts), with_kwargs=True)
+                look = partial(self._look, name, counts)
+                loss.register_forward_pre_hook(look, with_kwargs=True)
 
-    def _look(self, head: str, counts: Counts) -> Any:
-        def look(loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            pred, target = args[:2]
-            key = (head, pred.data_ptr(), target.data_ptr())
-            # A second loss on the same logits (CE and Dice) has nothing new to tell.
-            if pred.dim() != 4 or target.is_floating_point() or key in self._seen:
-                return
-            self._seen.add(key)
-            ignored = [getattr(loss, name, None) for name in ("ignore_index", "ignore_label")]
-            ignored += [kwargs.get("ignore_index"), 255]
-            stats: dict[str, Any] = {"kept": None}  # asks for the maps
-            ohem_cross_entropy(
-                pred,
-                target,
-                thresh=None,
-                min_kept=1.0,
-                ignore_index=next(value for value in ignored if value is not None),
-                use_sigmoid=getattr(loss, "use_sigmoid", False),
-                stats=stats,
-            )
-            target = target.reshape(stats["mined"].shape).long()
-            counts.add(stats["mined"], stats["valid"], target, max(2, pred.shape[1]))
-
-        return look
+    def _look(self, head: str, counts: Counts, loss: Any, args: Any, kwargs: Any) -> None:
+        pred, target = args[:2]
+        key = (head, pred.data_ptr(), target.data_ptr())
+        # A second loss on the same logits (CE and Dice) has nothing new to tell.
+        if pred.dim() != 4 or target.is_floating_point() or key in self._seen:
+            return
+        self._seen.add(key)
+        ignored = [getattr(loss, name, None) for name in ("ignore_index", "ignore_label")]
+        ignored += [kwargs.get("ignore_index"), 255]
+        stats: dict[str, Any] = {"kept": None}  # asks for the maps
+        ohem_cross_entropy(
+            pred,
+            target,
+            rule=OhemRule(thresh=None, min_kept=1.0),
+            ignore_index=next(value for value in ignored if value is not None),
+            use_sigmoid=getattr(loss, "use_sigmoid", False),
+            stats=stats,
+        )
+        target = target.reshape(stats["mined"].shape).long()
+        counts.add(stats["mined"], stats["valid"], target, max(2, pred.shape[1]))
 
     def run(self, model: Any, batches: Iterable[Any]) -> int:
         """Look at every batch; return the number of images."""
@@ -212,8 +208,7 @@ class Watch:
 def _rule(head: Any, loss: Any) -> OhemRule | None:
     """What decides which of the loss's pixels are kept; None where nothing mines."""
     if isinstance(loss, OhemCrossEntropyLoss):
-        everything = loss.rule.min_kept == 1 and isinstance(loss.rule.min_kept, float)
-        return None if loss.rule.thresh is None and everything else loss.rule
+        return None if loss.rule.thresh is None and loss.rule.keeps_all else loss.rule
     if type(loss).__name__ == "OhemCrossEntropy":
         return OhemRule(loss.thresh, loss.min_kept)
     if type(head.sampler).__name__ == "OHEMPixelSampler":
@@ -235,7 +230,7 @@ def parse_min_kept(text: str) -> Kept:
     try:
         value = float(Fraction(text))
     except ZeroDivisionError:
-        value = -1.0
+        raise ValueError(text) from None
     if not 0 <= value <= 1:
         raise ValueError(text)
     return value
@@ -254,13 +249,12 @@ def _floor(min_kept: Kept, per_image: bool = False) -> str:
 
 def table(counts: Counts, threshes: Sequence[float], min_kepts: Sequence[Kept], title: str) -> Any:
     """Table of one loss, for rich: a row for each thresh, a column for each min_kept."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     header = ["thresh", "hard", f"10 to 90 % of {POOLS[counts.pool]}"]
     header += [f"min_kept={_floor(min_kept)} binds on" for min_kept in min_kepts]
-    out = Table(title=title, title_justify="left")
-    for name in header:
-        out.add_column(name, justify="right")
+    columns = (Column(name, justify="right") for name in header)
+    out = Table(*columns, title=title, title_justify="left")
     for thresh in threshes:
         low, _, high = counts.spread(thresh)
         out.add_row(
@@ -301,13 +295,11 @@ def write_csv(
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
-        for (title, counts), thresh, min_kept in itertools.product(
-            found.items(), threshes, min_kepts
-        ):
-            shares = [counts.hard_share(thresh), *counts.spread(thresh)]
-            shares += counts.binds(thresh, min_kept)
-            values = [f"{share:.6g}" for share in shares]
-            writer.writerow([title, counts.pool, f"{thresh:g}", *values[:4], min_kept, *values[4:]])
+        rows = itertools.product(found.items(), threshes, min_kepts)
+        for (title, counts), thresh, min_kept in rows:
+            hard = (f"{x:.6g}" for x in (counts.hard_share(thresh), *counts.spread(thresh)))
+            binds = (f"{x:.6g}" for x in counts.binds(thresh, min_kept))
+            writer.writerow([title, counts.pool, f"{thresh:g}", *hard, min_kept, *binds])
 
 
 def draw(path: str, found: dict[str, Counts], min_kepts: Sequence[Kept]) -> None:
@@ -335,9 +327,8 @@ def draw(path: str, found: dict[str, Counts], min_kepts: Sequence[Kept]) -> None
             axes.axhline(share, color="0.4", lw=0.8, ls="--")
             label = f"min_kept={_floor(min_kept)}"
             axes.annotate(label, (0.99, share), va="bottom", ha="right", fontsize=8)
-        axes.set(
-            xlabel="thresh", ylabel="hard share of the valid pixels", xlim=(0, 1), yscale="log"
-        )
+        axes.set(xlabel="thresh", ylabel="hard share of the valid pixels")
+        axes.set(xlim=(0, 1), yscale="log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
         axes.legend(loc="upper left")
         save(figure, Path(path))

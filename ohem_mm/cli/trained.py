@@ -38,8 +38,7 @@ def build_model(cfg: Config, checkpoint: str, *, training: bool = False) -> Any:
     load_weights(model, checkpoint, to_train=training)
     model.train(training)
     for module in model.modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or "Drop" in kind:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or "Drop" in type(module).__name__:
             module.eval()
     return model.to(get_device())
 
@@ -53,6 +52,7 @@ def training_batches(cfg: Config, split: str, seed: int) -> Any:
     for key in ("train_dataloader", f"{split}_dataloader"):
         if cfg.get(key) is None:
             raise cli.UserError(f"the config has no {key}, so there are no batches to look at")
+    init_default_scope(cfg.get("default_scope") or "mmseg")
     loader = cfg.train_dataloader
     if split != "train":
         dataset = cfg[f"{split}_dataloader"].dataset
@@ -70,6 +70,7 @@ def whole_images(cfg: Config, split: str, first: int | None = None) -> Any:
     """
     if cfg.get(f"{split}_dataloader") is None:
         raise cli.UserError(f"the config has no {split}_dataloader")
+    init_default_scope(cfg.get("default_scope") or "mmseg")
     loader = cfg[f"{split}_dataloader"].copy()
     if split == "train":
         # No crops and no augmentation: the whole image, as the model is tested.

@@ -56,14 +56,11 @@ class CamVidDataset(BaseSegDataset):  # type: ignore[misc]
         return list(super().load_data_list())
 
     def _find_suffix(self) -> str:
-        folder = self.data_prefix["img_path"]
-        found = []
+        folder, found = self.data_prefix["img_path"], []
+        options: dict[str, Any] = {"list_dir": False, "backend_args": self.backend_args}
         if fileio.exists(folder, backend_args=self.backend_args):
             for suffix in (".jpg", ".png"):
-                files = fileio.list_dir_or_file(
-                    folder, list_dir=False, suffix=suffix, backend_args=self.backend_args
-                )
-                if next(iter(files), None) is not None:
+                if any(fileio.list_dir_or_file(folder, suffix=suffix, **options)):
                     found.append(suffix)
         if not found:
             raise FileNotFoundError(

@@ -44,7 +44,7 @@ def list_pairs(folder: Path, counts: Mapping[str, int]) -> list[tuple[str, Path,
         # Each line of the list names an image and its label, with somebody else's folders.
         listing = folder / f"{split}.txt"
         if listing.is_file():
-            lines = [line.split() for line in listing.read_text().splitlines()]
+            lines = map(str.split, listing.read_text().splitlines())
             names |= {words[0].rpartition("/")[2] for words in lines if words}
         for name in sorted(names):
             pairs.append((split, images / name, labels / name))
@@ -57,14 +57,15 @@ def list_pairs(folder: Path, counts: Mapping[str, int]) -> list[tuple[str, Path,
 
 def check_pair(image: Path, label: Path) -> list[str]:
     """Check the sizes and the labels of one frame; return what is wrong."""
-    problems = []
     with Image.open(image) as opened:
-        image_size = opened.size
+        sizes = {image: opened.size}
     with Image.open(label) as opened:
-        mode, label_size, ids = opened.mode, opened.size, np.asarray(opened)
-    for path, size in ((image, image_size), (label, label_size)):
-        if size != SIZE:
-            problems.append(f"{path} is {size[0]}x{size[1]}, expected {SIZE[0]}x{SIZE[1]}")
+        mode, sizes[label], ids = opened.mode, opened.size, np.asarray(opened)
+    problems = [
+        f"{path} is {size[0]}x{size[1]}, expected {SIZE[0]}x{SIZE[1]}"
+        for path, size in sizes.items()
+        if size != SIZE
+    ]
     if mode not in ("L", "P"):
         problems.append(f"{label} has mode {mode}, expected 8-bit labels")
     elif ids.max() > VOID:
@@ -96,14 +97,14 @@ def write_once(target: Path, write: Callable[[Path], object]) -> bool:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         write(part)
-        if not target.exists():
-            os.replace(part, target)
-            return True
-        if target.read_bytes() != part.read_bytes():
+        is_new = not target.exists()
+        if is_new:
+            part.replace(target)
+        elif target.read_bytes() != part.read_bytes():
             raise UserError(
                 f"{target} exists with another content; move it away and run this again"
             )
-        return False
+        return is_new
     finally:
         part.unlink(missing_ok=True)
 
@@ -123,10 +124,8 @@ def convert(source: Path, out: Path, counts: Mapping[str, int] = COUNTS) -> int:
         UserError: The clone is incomplete or unusual, or ``out`` holds other data.
     """
     pairs = list_pairs(find_camvid(source), counts)
-    problems: list[str] = []
-    for _, image, label in track(pairs, description="checking"):
-        problems += check_pair(image, label)
-    _raise(problems)
+    checked = track(pairs, description="checking")
+    _raise([problem for _, *pair in checked for problem in check_pair(*pair)])
 
     for split in counts:
         names = {image.name for kind, image, _ in pairs if kind == split}
@@ -140,11 +139,9 @@ def convert(source: Path, out: Path, counts: Mapping[str, int] = COUNTS) -> int:
                 )
     written = 0
     for split, image, label in track(pairs, description="writing "):
-        writes: dict[Path, Callable[[Path], object]] = {
-            out / "img_dir" / split / image.name: partial(shutil.copyfile, image),
-            out / "ann_dir" / split / label.name: partial(encode_label(label).save, format="PNG"),
-        }
-        written += sum(write_once(target, write) for target, write in writes.items())
+        encode = partial(encode_label(label).save, format="PNG")
+        written += write_once(out / "img_dir" / split / image.name, partial(shutil.copyfile, image))
+        written += write_once(out / "ann_dir" / split / label.name, encode)
     return written
 
 

@@ -1,14 +1,13 @@
-"""The losses that the hooks look after, by the names under which they are logged."""
+"""The losses that the hooks look after: their names in the log, and how they are called."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mmengine.model import is_model_wrapper
 from torch import nn
-
-from ..loss import OhemCrossEntropyLoss
-from ..region import RegionLoss
 
 _Loss = TypeVar("_Loss", bound=nn.Module)
 
@@ -27,11 +26,12 @@ def losses_of(head: Any) -> list[nn.Module]:
     return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
-def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
-    """Every :class:`OhemCrossEntropyLoss` of a model.
+def named_losses(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
+    """Every loss of one kind in a model.
 
     Args:
         model: A segmentor, or any other model; wrapped or not.
+        kind: :class:`OhemCrossEntropyLoss` or :class:`RegionLoss`.
 
     Returns:
         The losses by name, in the order of the model. The name is that of the head
@@ -39,20 +39,11 @@ def ohem_losses(model: nn.Module) -> dict[str, OhemCrossEntropyLoss]:
         places in its list are appended (``decode_head.1``). Outside decode heads it is the name of
         the loss module.
     """
-    return _by_name(model, OhemCrossEntropyLoss)
-
-
-def region_losses(model: nn.Module) -> dict[str, RegionLoss]:
-    """Every :class:`RegionLoss` of a model, named as :func:`ohem_losses` names its own."""
-    return _by_name(model, RegionLoss)
-
-
-def _by_name(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
     found: dict[str, dict[str, _Loss]] = {}
     for name, module in unwrap(model).named_modules():
         if isinstance(module, kind):
-            head, _, place = name.partition("loss_decode")
-            if not _ or place.count(".") > 1:
+            head, inside, place = name.partition("loss_decode")
+            if not inside or place.count(".") > 1:
                 head, place = name, ""
             found.setdefault(head.rstrip("."), {})[place] = module
     return {
@@ -60,3 +51,44 @@ def _by_name(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
         for head, losses in found.items()
         for place, loss in losses.items()
     }
+
+
+class Listener:
+    """Hears how losses are called. True while it listens to any."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._handles)
+
+    def listen(
+        self, loss: nn.Module, heard: Callable[[dict[str, Any]], None], maps: bool = False
+    ) -> None:
+        """Hear every call of a loss from now on.
+
+        Args:
+            loss: One of this package's.
+            heard: Called afterwards with the arguments, by name; ``stats`` is always among them.
+            maps: Whether the maps are asked for as well, which the loss then has on every path.
+        """
+        forward = inspect.signature(type(loss).forward)
+
+        def ask(loss: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            stats = {} if kwargs.get("stats") is None else kwargs["stats"]
+            if maps:
+                stats.setdefault("kept", None)
+            return args, {**kwargs, "stats": stats}
+
+        def hear(loss: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            heard(forward.bind(loss, *args, **kwargs).arguments)
+
+        self._handles += [
+            loss.register_forward_pre_hook(ask, with_kwargs=True),
+            loss.register_forward_hook(hear, with_kwargs=True),
+        ]
+
+    def stop(self) -> None:
+        """Leave the losses as they were."""
+        while self._handles:
+            self._handles.pop().remove()

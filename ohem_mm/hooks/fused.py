@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,7 @@ from ._losses import losses_of, unwrap
 __all__ = ["FusedOhemHook"]
 
 Losses = dict[str, Tensor]
+_OURS = (OhemCrossEntropyLoss, RegionLoss)
 
 
 @HOOKS.register_module()
@@ -69,14 +71,12 @@ def fuse_heads(model: nn.Module, fused: list[nn.Module]) -> list[tuple[str, str]
     for name, head in model.named_modules():
         if not isinstance(head, BaseDecodeHead) or "loss_by_feat" in vars(head):
             continue
-        title = f"{name} ({type(head).__name__})"
         function, reason = _fused_function(head)
-        if function is None:
-            report.append((title, f"left alone: {reason}"))
-        else:
+        if function is not None:
             head.loss_by_feat = MethodType(function, head)
             fused.append(head)
-            report.append((title, f"fused{reason}"))
+        done = f"left alone: {reason}" if function is None else f"fused{reason}"
+        report.append((f"{name} ({type(head).__name__})", done))
     return report
 
 
@@ -95,22 +95,15 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
         return _pid_loss, "" if _fits(losses[0], head) else ", but for its loss 0"
     if method not in (DDRHead.loss_by_feat, BaseDecodeHead.loss_by_feat):
         return None, f"{type(head).__name__} computes its loss in a way of its own"
-    strangers = [
-        type(loss).__name__
-        for loss in losses
-        if not isinstance(loss, OhemCrossEntropyLoss | RegionLoss)
-    ]
+    strangers = [type(loss).__name__ for loss in losses if not isinstance(loss, _OURS)]
     if strangers:
         reason = f"{', '.join(strangers)} needs the upsampled logits"
         if "CrossEntropyLoss" in strangers and any(_fits(loss, head) for loss in losses):
             reason += "; OhemCrossEntropyLoss with thresh=None, min_kept=1.0 does not"
         return None, reason
-    others = [str(loss.ignore_index) for loss in losses if not _fits(loss, head)]
-    if others:
-        return None, (
-            f"acc_seg leaves out the head's ignore_index, {head.ignore_index}, and the loss its "
-            f"own, {', '.join(others)}"
-        )
+    if others := ", ".join(str(loss.ignore_index) for loss in losses if not _fits(loss, head)):
+        reason = f"acc_seg leaves out the head's ignore_index, {head.ignore_index}, and the loss "
+        return None, f"{reason}its own, {others}"
     if method is DDRHead.loss_by_feat:
         return _ddr_loss, ""
     if head.sampler is not None:
@@ -120,10 +113,7 @@ def _fused_function(head: Any) -> tuple[Callable[..., Losses] | None, str]:
 
 def _fits(loss: nn.Module, head: Any) -> bool:
     """Whether a loss upsamples by itself and counts the pixels that ``acc_seg`` counts."""
-    return isinstance(loss, OhemCrossEntropyLoss | RegionLoss) and loss.ignore_index in (
-        None,
-        head.ignore_index,
-    )
+    return isinstance(loss, _OURS) and loss.ignore_index in (None, head.ignore_index)
 
 
 def _accuracy(stats: dict[str, Tensor]) -> Tensor:
@@ -152,19 +142,16 @@ def _plain_loss(head: Any, seg_logits: Tensor, batch_data_samples: Any) -> Losse
     out: Losses = {}
     stats: dict[str, Tensor] = {}
     losses: Any = losses_of(head)
-    values = joint_losses(
-        losses,
-        seg_logits,
-        label,
-        ignore_index=head.ignore_index,
-        align_corners=head.align_corners,
-        stats=stats,
-    )
+    values = joint_losses(losses, seg_logits, label, stats=stats, **_options(head))
     for loss, value in zip(losses, values, strict=True):
         name = str(loss.loss_name)
         out[name] = out[name] + value if name in out else value
-    out["acc_seg"] = _accuracy(stats)
-    return out
+    return {**out, "acc_seg": _accuracy(stats)}
+
+
+def _options(head: Any) -> dict[str, Any]:
+    """What a head tells its losses."""
+    return {"ignore_index": head.ignore_index, "align_corners": head.align_corners}
 
 
 def _ddr_loss(head: Any, seg_logits: tuple[Tensor, Tensor], batch_data_samples: Any) -> Losses:
@@ -172,10 +159,9 @@ def _ddr_loss(head: Any, seg_logits: tuple[Tensor, Tensor], batch_data_samples: 
     label = _stack(head, batch_data_samples)
     context, spatial = seg_logits
     stats: dict[str, Tensor] = {}
-    options = {"ignore_index": head.ignore_index, "align_corners": head.align_corners}
     return {
-        "loss_context": head.loss_decode[0](context, label, stats=stats, **options),
-        "loss_spatial": head.loss_decode[1](spatial, label, **options),
+        "loss_context": head.loss_decode[0](context, label, stats=stats, **_options(head)),
+        "loss_spatial": head.loss_decode[1](spatial, label, **_options(head)),
         "acc_seg": _accuracy(stats),
     }
 
@@ -184,29 +170,23 @@ def _pid_loss(head: Any, seg_logits: tuple[Tensor, ...], batch_data_samples: Any
     """PIDHead.loss_by_feat with the boundary's one channel upsampled alone."""
     from mmseg.models.utils import resize
 
-    def upsample(logits: Tensor, size: torch.Size) -> Tensor:
-        wide: Tensor = resize(
-            input=logits, size=size, mode="bilinear", align_corners=head.align_corners
-        )
-        return wide
-
     p_logits, i_logits, d_logits = seg_logits
-    label, edges = head._stack_batch_gt(batch_data_samples)
-    d_logits = upsample(d_logits, edges.shape[2:])
-    label, edges = label.squeeze(1), edges.squeeze(1)
+    label, edges = (part.squeeze(1) for part in head._stack_batch_gt(batch_data_samples))
+    upsample = partial(
+        resize, size=edges.shape[1:], mode="bilinear", align_corners=head.align_corners
+    )
+    d_logits = upsample(d_logits)
     near_edges = torch.where(d_logits[:, 0].sigmoid() > 0.8, label, head.ignore_index)
-    options = {"ignore_index": head.ignore_index, "align_corners": head.align_corners}
     stats: dict[str, Tensor] = {}
-    if _fits(head.loss_decode[0], head):
-        p_loss = head.loss_decode[0](p_logits, label, **options)
+    options, losses = _options(head), head.loss_decode
+    if _fits(losses[0], head):
+        p_loss = losses[0](p_logits, label, **options)
     else:
-        p_loss = head.loss_decode[0](
-            upsample(p_logits, label.shape[1:]), label, ignore_index=head.ignore_index
-        )
+        p_loss = losses[0](upsample(p_logits), label, ignore_index=head.ignore_index)
     return {
         "loss_sem_p": p_loss,
-        "loss_sem_i": head.loss_decode[1](i_logits, label, stats=stats, **options),
-        "loss_bd": head.loss_decode[2](d_logits, edges),
-        "loss_sem_bd": head.loss_decode[3](i_logits, near_edges, **options),
+        "loss_sem_i": losses[1](i_logits, label, stats=stats, **options),
+        "loss_bd": losses[2](d_logits, edges),
+        "loss_sem_bd": losses[3](i_logits, near_edges, **options),
         "acc_seg": _accuracy(stats),
     }

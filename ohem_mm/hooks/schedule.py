@@ -6,7 +6,7 @@ import bisect
 import difflib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop
 
 from ..loss import OhemCrossEntropyLoss
-from ..rule import OhemRule
-from ._losses import ohem_losses
+from ..rule import OhemRule, check_choice
+from ._losses import named_losses
 
 __all__ = ["OhemScheduleHook"]
 
@@ -39,6 +39,10 @@ class _Piece(NamedTuple):
     start: Number | None
     stop: Number | None
     cosine: bool = False
+
+    def ends(self, own: Number | None) -> tuple[Number | None, Number | None]:
+        """Both ends, for a loss that was built with a setting."""
+        return own if self.start is None else self.start, own if self.stop is None else self.stop
 
 
 @HOOKS.register_module()
@@ -96,11 +100,8 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
         warmup: int = 0,
         by_epoch: bool = False,
     ) -> None:
-        self.schedules = {
-            setting: _parse(setting, pieces)
-            for setting, pieces in (("thresh", thresh), ("min_kept", min_kept))
-            if pieces is not None
-        }
+        given = {"thresh": thresh, "min_kept": min_kept}
+        self.schedules = {name: _parse(name, p) for name, p in given.items() if p is not None}
         self.warmup = _time("warmup", warmup)
         self.by_epoch = by_epoch
         if not self.schedules and not self.warmup:
@@ -116,7 +117,7 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
                 "OhemScheduleHook has by_epoch=True, but this training counts iterations only; "
                 "use by_epoch=False or an EpochBasedTrainLoop."
             )
-        self._losses = ohem_losses(runner.model)
+        self._losses = named_losses(runner.model, OhemCrossEntropyLoss)
         self._own = {
             name: {"thresh": loss.rule.thresh, "min_kept": loss.rule.min_kept}
             for name, loss in self._losses.items()
@@ -130,19 +131,18 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
             for setting, pieces in self.schedules.items():
                 for piece in pieces:
                     _check_piece(name, setting, piece, own[setting])
-        self._warn_of_the_unreachable(runner)
-        self._apply(self._now(runner))
+        for message in self._unreachable(runner):
+            runner.logger.warning(f"OhemScheduleHook: {message}")
+        self._apply(runner)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any | None = None) -> None:
         """Set the losses for this iteration, and log what changed."""
-        self._apply(self._now(runner))
+        self._apply(runner)
         for name, loss in self._losses.items():
-            for setting in ("thresh", "min_kept"):
-                value = getattr(loss.rule, setting)
-                key = f"train/ohem/{name}/{setting}"
-                scheduled = self.warmup or setting in self.schedules
+            for setting in ("thresh", "min_kept") if self.warmup else self.schedules:
+                value, key = getattr(loss.rule, setting), f"train/ohem/{name}/{setting}"
                 # The log shows the latest value, so one that stays need not be written again.
-                if scheduled and value is not None and self._logged.get(key) != value:
+                if value is not None and self._logged.get(key) != value:
                     runner.message_hub.update_scalar(key, value)
                     self._logged[key] = value
 
@@ -151,10 +151,8 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
         for name, loss in self._losses.items():
             loss.rule = replace(loss.rule, **self._own[name])
 
-    def _now(self, runner: Any) -> int:
-        return int(runner.epoch if self.by_epoch else runner.iter)
-
-    def _apply(self, time: int) -> None:
+    def _apply(self, runner: Any) -> None:
+        time = runner.epoch if self.by_epoch else runner.iter
         for name, loss in self._losses.items():
             settings = dict(self._own[name])
             for setting, pieces in self.schedules.items():
@@ -163,41 +161,43 @@ class OhemScheduleHook(Hook):  # type: ignore[misc]
                 settings = {"thresh": 1.0, "min_kept": 1.0}
             loss.rule = replace(loss.rule, **settings)
 
-    def _warn_of_the_unreachable(self, runner: Any) -> None:
-        last, unit = (
-            (runner.max_epochs, "epoch") if self.by_epoch else (runner.max_iters, "iteration")
-        )
+    def _unreachable(self, runner: Any) -> Iterator[str]:
+        """Sentences about what lies behind the end of the training."""
+        unit = "epoch" if self.by_epoch else "iteration"
+        last = runner.max_epochs if self.by_epoch else runner.max_iters
         if self.warmup >= last:
-            runner.logger.warning(
-                f"OhemScheduleHook: warmup={self.warmup} lasts for the whole training of {last} "
-                f"{unit}s, so nothing is ever mined; use a smaller warmup."
+            yield (
+                f"warmup={self.warmup} lasts for the whole training of {last} {unit}s, so nothing "
+                "is ever mined; use a smaller warmup."
             )
-        for setting, pieces in self.schedules.items():
-            piece = pieces[-1]
+        for setting, (*_, piece) in self.schedules.items():
             if piece.begin >= last:
-                runner.logger.warning(
-                    f"OhemScheduleHook: the last piece of {setting} begins at {unit} "
-                    f"{piece.begin}, but training ends at {last}; it has no effect."
+                yield (
+                    f"the last piece of {setting} begins at {unit} {piece.begin}, but training "
+                    f"ends at {last}; it has no effect."
                 )
             elif piece.end > last:
-                runner.logger.warning(
-                    f"OhemScheduleHook: the schedule of {setting} ends at {unit} {piece.end}, but "
-                    f"training ends at {last}; its last value is not reached."
+                yield (
+                    f"the schedule of {setting} ends at {unit} {piece.end}, but training ends at "
+                    f"{last}; its last value is not reached."
                 )
 
 
 def _parse(setting: str, pieces: Any) -> list[_Piece]:
     """Check a schedule as it stands in the config; return its pieces in order."""
-    if isinstance(pieces, Mapping):
-        pieces = [pieces]
-    if isinstance(pieces, str) or not isinstance(pieces, Sequence):
-        raise TypeError(f"{setting} must be a list of dicts (pieces), but got {pieces!r}.")
+    pieces = [pieces] if isinstance(pieces, Mapping) else pieces
+    _check_list(setting, pieces, "a list of dicts (pieces)")
     if not pieces:
         raise ValueError(f"{setting} must have at least one piece, but got {pieces!r}.")
     out: list[_Piece] = []
     for index, given in enumerate(pieces):
         where = f"{setting}[{index}]"
-        new = _parse_piece(setting, where, given)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{where} must be a dict, but got {given!r}.")
+        try:
+            new = _parse_piece(setting, given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
         if out and (new[0].begin < out[-1].end or new[0].begin <= out[-1].begin):
             raise ValueError(
                 f"{where}: begin must not lie before the end of the piece before it "
@@ -207,89 +207,76 @@ def _parse(setting: str, pieces: Any) -> list[_Piece]:
     return out
 
 
-def _parse_piece(setting: str, where: str, given: Any) -> list[_Piece]:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{where} must be a dict, but got {given!r}.")
+def _parse_piece(setting: str, given: Mapping[str, Any]) -> list[_Piece]:
     kind = given.get("type")
-    if kind not in _KEYS:
-        raise ValueError(f"{where}: type must be one of {', '.join(_KEYS)}, but got {kind!r}.")
-    required, optional = _KEYS[kind]
-    allowed = (*required, *optional)
+    check_choice("type", kind, _KEYS)
+    required, allowed = _KEYS[str(kind)][0], sum(_KEYS[str(kind)], ())
     for key in given:
         if key not in ("type", *allowed):
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"{where}: type {kind!r} has no key {key!r}.{hint} It has {', '.join(allowed)}."
+                f"type {kind!r} has no key {key!r}.{hint} It has {', '.join(allowed)}."
             )
     for key in required:
         if key not in given:
-            raise ValueError(f"{where}: type {kind!r} needs {key!r}.")
-    begin = _time(f"{where}: begin", given.get("begin", 0))
-
-    if kind == "constant":
-        value = _checked(setting, where, given["value"])
-        return [_Piece(begin, begin, value, value)]
-    if kind == "step":
-        values, milestones = given["values"], given["milestones"]
-        for key, sequence in (("values", values), ("milestones", milestones)):
-            if isinstance(sequence, str) or not isinstance(sequence, Sequence):
-                raise TypeError(f"{where}: {key} must be a list, but got {sequence!r}.")
+            raise ValueError(f"type {kind!r} needs {key!r}.")
+    begin = _time("begin", given.get("begin", 0))
+    if kind in ("constant", "step"):
+        values: Any = [given["value"]] if kind == "constant" else given["values"]
+        milestones: Any = [] if kind == "constant" else given["milestones"]
+        _check_list("values", values)
+        _check_list("milestones", milestones)
         if len(values) != len(milestones) + 1:
-            raise ValueError(
-                f"{where}: values must be one more than milestones, but got {len(values)} and "
-                f"{len(milestones)}."
-            )
-        times = [begin, *(_time(f"{where}: milestones", time) for time in milestones)]
+            counts = f"{len(values)} and {len(milestones)}"
+            raise ValueError(f"values must be one more than milestones, but got {counts}.")
+        times = [begin, *(_time("milestones", time) for time in milestones)]
         if any(a >= b for a, b in itertools.pairwise(times)):
-            raise ValueError(
-                f"{where}: milestones must grow and lie after begin ({begin}), but got "
-                f"{list(milestones)!r}."
-            )
-        values = [_checked(setting, where, value) for value in values]
+            got = f"after begin ({begin}), but got {list(milestones)!r}"
+            raise ValueError(f"milestones must grow and lie {got}.")
+        for value in values:
+            _check_number(setting, value)
         return [_Piece(t, t, value, value) for t, value in zip(times, values, strict=True)]
-    end = _time(f"{where}: end", given["end"])
+    end = _time("end", given["end"])
     if end <= begin:
-        raise ValueError(f"{where}: end must lie after begin ({begin}), but got {end}.")
-    start, stop = (
-        None if given.get(key) is None else _checked(setting, where, given[key])
-        for key in ("start", "stop")
-    )
+        raise ValueError(f"end must lie after begin ({begin}), but got {end}.")
+    ends = start, stop = given.get("start"), given.get("stop")
+    for value in ends:
+        if value is not None:
+            _check_number(setting, value)
     if start is None and stop is None:
-        raise ValueError(f"{where}: type {kind!r} needs 'start' or 'stop'.")
-    if setting == "min_kept" and None not in (start, stop) and type(start) is not type(stop):
+        raise ValueError(f"type {kind!r} needs 'start' or 'stop'.")
+    if setting == "min_kept" and None not in ends and type(start) is not type(stop):
         raise ValueError(
-            f"{where}: start and stop must both be ints (pixels) or both be floats (shares), but "
-            f"got {start!r} and {stop!r}."
+            "start and stop must both be ints (pixels) or both be floats (shares), but got "
+            f"{start!r} and {stop!r}."
         )
     return [_Piece(begin, end, start, stop, kind == "cosine")]
 
 
 def _time(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, but got {value!r}.")
     if value < 0:
         raise ValueError(f"{name} must be >= 0, but got {value!r}.")
     return value
 
 
-def _checked(setting: str, where: str, value: Any) -> Number:
-    """A value of ``thresh`` or ``min_kept`` that the loss accepts."""
+def _check_list(name: str, value: Any, kind: str = "a list") -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be {kind}, but got {value!r}.")
+
+
+def _check_number(setting: str, value: Any) -> None:
+    """Raise what the rule raises of a value of ``thresh`` or ``min_kept``."""
     if value is None:
-        raise TypeError(f"{where}: a schedule needs numbers, but got None.")
-    settings: dict[str, Any] = {"thresh": None, "min_kept": 0, setting: value}
-    try:
-        OhemRule(**settings)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
-    number: Number = value
-    return number
+        raise TypeError("a schedule needs numbers, but got None.")
+    replace(OhemRule(thresh=None, min_kept=0), **{setting: value})
 
 
 def _check_piece(name: str, setting: str, piece: _Piece, own: Number | None) -> None:
     """Whether the setting that a loss was built with can stand in for a missing end."""
-    start = own if piece.start is None else piece.start
-    stop = own if piece.stop is None else piece.stop
+    start, stop = piece.ends(own)
     if start is None or stop is None:
         raise ValueError(
             f"OhemScheduleHook: {name} has {setting}=None, which has no numbers between; give "
@@ -308,9 +295,8 @@ def _value(pieces: list[_Piece], time: int, own: Any) -> Any:
     if index < 0:
         return own
     piece = pieces[index]
-    start = own if piece.start is None else piece.start
-    stop = own if piece.stop is None else piece.stop
-    if time >= piece.end or start == stop:
+    start, stop = piece.ends(own)
+    if time >= piece.end or start == stop or start is None or stop is None:
         return stop
     done = (time - piece.begin) / (piece.end - piece.begin)
     if piece.cosine:

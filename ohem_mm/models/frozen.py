@@ -90,11 +90,10 @@ class FrozenBackbone(BaseModule):  # type: ignore[misc]
         """Feature maps of one image (1, C, H, W) in float16, from the cache or for it."""
         assert self._folder is not None
         file = self._folder / f"{_digest(image)}.pt"
-        try:
-            maps: list[Tensor] = torch.load(file, map_location=image.device, weights_only=True)
+        maps: list[Tensor]
+        if file.is_file():
+            maps = torch.load(file, map_location=image.device, weights_only=True)
             return maps
-        except FileNotFoundError:
-            pass
         with torch.autocast(image.device.type, enabled=False):
             maps = [level.half() for level in self.backbone(image)]
         if not all(level.isfinite().all() for level in maps):
@@ -102,13 +101,9 @@ class FrozenBackbone(BaseModule):  # type: ignore[misc]
                 "A feature map holds a value that float16 cannot hold; set cache_dir=None."
             )
         # Written aside and renamed: another process sees the whole file or none.
-        with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as aside:
-            try:
-                torch.save(maps, aside)
-            except BaseException:
-                os.unlink(aside.name)
-                raise
-        os.replace(aside.name, file)
+        with tempfile.TemporaryDirectory(dir=self._folder) as aside:
+            torch.save(maps, f"{aside}/maps")
+            os.replace(f"{aside}/maps", file)
         return maps
 
     def _fingerprint(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import heapq
 import io
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,13 +60,9 @@ class Gallery:
             full = len(self._hardest) == self.size
             if full and shot.mean_loss <= self._hardest[0].hardness:
                 continue
-            picture = Picture(
-                shot.mean_loss,
-                -self.seen,
-                shot,
-                panels(shot, self.colours, self.show_data),
-                board(shot, self.names, self.colours, loss, show_data=self.show_data),
-            )
+            parts = panels(shot, self.colours, self.show_data)
+            whole = board(shot, self.names, self.colours, loss, show_data=self.show_data)
+            picture = Picture(shot.mean_loss, -self.seen, shot, parts, whole)
             (heapq.heappushpop if full else heapq.heappush)(self._hardest, picture)
 
     @property
@@ -102,23 +97,24 @@ class Gallery:
         """
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-        source = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
-        shown = [self._shown(rank, picture) for rank, picture in enumerate(self.pictures, 1)]
-        page = folder / "index.html"
-        page.write_text(
-            environment.from_string(source).render(
-                pictures=shown,
-                classes=self.class_rows(self.total),
-                count=self.seen,
-                kept_share=float(self.total.mined.sum() / max(1, self.total.pixels.sum())),
-                mined_colour=_hex(MINED),
-                scale=_inline(loss_colours(np.tile(np.linspace(0, 1, 256), (12, 1)))),
-                show_data=self.show_data,
-                **text,
-            ),
-            encoding="utf-8",
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
         )
+        shown = [self._shown(rank, picture) for rank, picture in enumerate(self.pictures, 1)]
+        html = environment.get_template("gallery.html").render(
+            pictures=shown,
+            classes=self.class_rows(self.total),
+            count=self.seen,
+            kept_share=float(self.total.mined.sum() / max(1, self.total.pixels.sum())),
+            mined_colour=_hex(MINED),
+            scale=_inline(loss_colours(np.tile(np.linspace(0, 1, 256), (12, 1)))),
+            show_data=self.show_data,
+            **text,
+        )
+        page = folder / "index.html"
+        page.write_text(html, encoding="utf-8")
         # After the page, which is how the next run knows that they are ours.
         for one, picture in zip(shown, self.pictures, strict=True):
             Image.fromarray(picture.board).save(folder / one["file"], optimize=True)
@@ -173,6 +169,6 @@ def _clear(folder: Path) -> None:
     """Delete what an earlier run wrote: its pictures may be ones that must not be passed on."""
     page = folder / "index.html"
     if page.is_file() and "<title>Hard pixels: " in page.read_text(encoding="utf-8"):
-        for path in folder.glob("*.png"):
-            if re.match(r"\d{3,}_", path.name):
+        for path in folder.glob("[0-9][0-9][0-9]*_*.png"):
+            if path.name.partition("_")[0].isdecimal():
                 path.unlink()

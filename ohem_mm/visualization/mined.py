@@ -55,6 +55,13 @@ class MinedImage:
     valid: Mask
     kept: npt.NDArray[np.float32]
 
+    @classmethod
+    def of(cls, name: str, image: UInt8, *maps: Tensor) -> MinedImage:
+        """The image with its maps, in the order of the attributes, given as tensors."""
+        dtypes = (torch.long, torch.long, torch.float32, torch.bool, torch.float32)
+        typed = (values.detach().to("cpu", d) for values, d in zip(maps, dtypes, strict=True))
+        return cls(name, image, *(values.numpy() for values in typed))
+
     @property
     def mean_loss(self) -> float:
         """Mean loss of the valid pixels; 0 where there are none."""
@@ -83,11 +90,9 @@ class ClassCounts:
 
     def add(self, shot: MinedImage) -> ClassCounts:
         """Count the pixels of one image."""
-        size = len(self.pixels)
-        self.pixels += np.bincount(shot.label[shot.valid], minlength=size)
-        self.mined += np.bincount(
-            shot.label[shot.valid], weights=shot.kept[shot.valid], minlength=size
-        )
+        label, kept, size = shot.label[shot.valid], shot.kept[shot.valid], len(self.pixels)
+        self.pixels += np.bincount(label, minlength=size)
+        self.mined += np.bincount(label, weights=kept, minlength=size)
         return self
 
     @property
@@ -123,11 +128,10 @@ def main_loss(model: nn.Module) -> MainLoss | None:
     if not heads:
         return None
     name = ([name for name in heads if name.startswith("decode_head")] or list(heads))[-1]
-    loss = heads[name]
-    ignore_index = loss.ignore_index
-    if ignore_index is None:
-        ignore_index = getattr(model.get_submodule(name), "ignore_index", 255)
-    return MainLoss(name, loss, ignore_index)
+    ignored = heads[name].ignore_index
+    if ignored is None:
+        ignored = getattr(model.get_submodule(name), "ignore_index", 255)
+    return MainLoss(name, heads[name], ignored)
 
 
 def mine_sample(
@@ -160,20 +164,8 @@ def mine_sample(
     loss = for_one_image(main.loss, batch_size)
     with torch.no_grad():
         loss(logits[None], target[None], ignore_index=main.ignore_index, stats=stats)
-    return MinedImage(
-        name,
-        to_rgb(inputs, target.shape),
-        *(
-            array.cpu().numpy()
-            for array in (
-                target,
-                sample.pred_sem_seg.data[0].long(),
-                stats["mined"][0].float(),
-                stats["valid"][0],
-                stats["kept"][0].float(),
-            )
-        ),
-    )
+    maps = (target, sample.pred_sem_seg.data[0], *(stats[k][0] for k in ("mined", "valid", "kept")))
+    return MinedImage.of(name, to_rgb(inputs, target.shape), *maps)
 
 
 def for_one_image(loss: OhemCrossEntropyLoss, batch_size: int) -> OhemCrossEntropyLoss:
@@ -240,9 +232,8 @@ def resize(array: npt.NDArray[Any], width: int, height: int, as_p: bool = False)
     kind = array.dtype
     if as_p:
         array = 1 - np.exp(-array)
-    if kind == np.bool_:
+    elif kind == np.bool_:
         array = array.astype(np.uint8)
-    is_map = kind == np.bool_ or kind == np.int32
-    shrink = width < array.shape[1] and not is_map
+    shrink = width < array.shape[1] and kind not in (np.bool_, np.int32)
     how = cv2.INTER_AREA if shrink else cv2.INTER_NEAREST
     return cv2.resize(array, (width, height), interpolation=how).astype(kind)

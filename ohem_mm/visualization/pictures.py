@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,14 +36,13 @@ def class_colours(meta: Mapping[str, Any], num_classes: int) -> tuple[list[str],
     """
     names = [str(name) for name in meta.get("classes") or ()][:num_classes]
     names += [f"class {index}" for index in range(len(names), num_classes)]
-    palette = np.array(meta.get("palette") or np.zeros((0, 3)), np.uint8)[:num_classes]
     # Hues a third of the circle apart, in three brightnesses, for classes without a colour.
-    index = np.arange(len(palette), num_classes)
+    index = np.arange(num_classes)
     hsv = np.stack([index * 67 % 180, np.full_like(index, 200), 255 - index % 3 * 60], 1)
-    extra = cv2.cvtColor(hsv[None].astype(np.uint8), cv2.COLOR_HSV2RGB)[0] if len(index) else []
-    return names, np.concatenate([palette.reshape(-1, 3), np.reshape(extra, (-1, 3))]).astype(
-        np.uint8
-    )
+    colours = np.asarray(cv2.cvtColor(hsv[None].astype(np.uint8), cv2.COLOR_HSV2RGB)[0], np.uint8)
+    if palette := list(meta.get("palette") or ())[:num_classes]:
+        colours[: len(palette)] = palette
+    return names, colours
 
 
 def panels(shot: MinedImage, colours: UInt8, show_data: bool = True) -> dict[str, UInt8]:
@@ -62,22 +61,21 @@ def panels(shot: MinedImage, colours: UInt8, show_data: bool = True) -> dict[str
     height, width = shot.label.shape
     longest = max(height, width)
     scale = _WIDE / longest if longest > _WIDE else max(1, round(_GOOD / longest))
-    width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    ignored = resize(~shot.valid, width, height)
-    prediction = resize(shot.prediction.astype(np.int32), width, height)
-    label = resize(np.where(shot.valid, shot.label, -1).astype(np.int32), width, height)
-    loss = loss_colours(resize(np.nan_to_num(shot.loss, nan=np.inf), width, height, as_p=True))
+    size = width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    ignored = resize(~shot.valid, *size)
+    prediction = resize(shot.prediction.astype(np.int32), *size)
+    label = resize(np.where(shot.valid, shot.label, -1).astype(np.int32), *size)
 
     out: dict[str, UInt8] = {}
     if show_data:
-        photo = out["image"] = resize(shot.image, width, height)
+        photo = out["image"] = resize(shot.image, *size)
         out[_LABEL] = _number(colours[np.maximum(label, 0)], label)
         grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)[..., None].repeat(3, 2) * 0.45
     else:
         grey = colours[prediction] * 0.35
     out[_PREDICTION] = _number(colours[prediction], prediction)
-    out["loss"] = loss
-    share = resize(shot.kept, width, height)[..., None]
+    out["loss"] = loss_colours(resize(np.nan_to_num(shot.loss, nan=np.inf), *size, as_p=True))
+    share = resize(shot.kept, *size)[..., None]
     out[_MINED] = (grey * (1 - share) + np.array(MINED) * share).astype(np.uint8)
     for title in {"loss", _MINED, _LABEL} & out.keys():
         out[title] = np.where(ignored[..., None], _stripes(height, width), out[title])
@@ -155,14 +153,13 @@ def board(
     pictures = panels(shot, colours, show_data)
     high, wide = next(iter(pictures.values())).shape[:2]
     font = max(13, wide // 40)
-    line, gap = round(font * 1.5), font
-    entries = _entries(shot, names, show_data)
-    legend = _Legend(entries, colours, loss.rule.thresh, font, line)
+    legend = _Legend(_entries(shot, names, show_data), colours, loss.rule.thresh, font)
+    line, gap = legend.line, font
 
     step = max(wide, 8 * font) + gap
     width = gap + max(3 * step, 2 * legend.column + gap)
-    title = f"{shot.name}   mean loss {shot.mean_loss:.2f}   mined {shot.kept_share:.1%}"
-    title = "   ".join(filter(None, (title, loss.extra_repr(), note)))
+    facts = (shot.name, f"mean loss {shot.mean_loss:.2f}", f"mined {shot.kept_share:.1%}")
+    title = "   ".join(filter(None, (*facts, loss.extra_repr(), note)))
     lines = textwrap.wrap(title, max(20, int((width - 2 * gap) / (font * 0.55))))
     top = gap + len(lines) * line
     rows = -(-len(pictures) // 3)
@@ -197,38 +194,32 @@ def board(
     return np.ascontiguousarray(pixels[..., :3])
 
 
-class _Entry(NamedTuple):
-    number: int
-    name: str
-    pixels: str
-    mined: str
-
-
-def _entries(shot: MinedImage, names: Sequence[str], show_data: bool) -> list[_Entry]:
-    """The classes that are seen in the panels, with their shares in percent."""
+def _entries(
+    shot: MinedImage, names: Sequence[str], show_data: bool
+) -> list[tuple[int, str, str, str]]:
+    """The classes that are seen in the panels: number, name, share of pixels and what is mined."""
     counts = ClassCounts(len(names)).add(shot)
     seen = set(np.unique(shot.prediction).tolist())
     if show_data:
         seen |= set(np.flatnonzero(counts.pixels).tolist())
     return [
-        _Entry(
+        (
             index,
-            names[index] if len(names[index]) <= 15 else names[index][:14] + "…",
+            f"{index} {name if len(name) <= 15 else name[:14] + '…'}",
             f"{counts.pixel_share[index]:.1%}",
             f"{counts.mined_of_class[index]:.0%}" if counts.pixels[index] else "-",
         )
-        for index in sorted(seen)
+        for index, name in enumerate(names)
+        if index in seen
     ]
 
 
 class _Legend:
     """A key in the first column, the classes in the others."""
 
-    def __init__(
-        self, entries: list[_Entry], colours: UInt8, thresh: float | None, font: int, line: int
-    ) -> None:
+    def __init__(self, entries: Any, colours: UInt8, thresh: float | None, font: int) -> None:
         self.entries, self.colours, self.thresh = entries, colours, thresh
-        self.font, self.line, self.column = font, line, font * 18
+        self.font, self.line, self.column = font, round(font * 1.5), font * 18
 
     def _rows(self, width: int) -> int:
         return max(5, -(-len(self.entries) // max(1, width // self.column - 1)))
@@ -248,30 +239,24 @@ class _Legend:
         box = np.ones((font, font, 1), np.uint8)
         keys = [(box * np.array(MINED, np.uint8), "mined: trained on")]
         keys += [(_stripes(font, font), "ignored: no label")]
-        for row, (picture, text) in enumerate(keys):
-            y = top + round((3.6 + row) * line)
+        for index, (picture, text) in enumerate(keys):
+            y = top + round((3.6 + index) * line)
             place(picture, left, y + (line - font) // 2)
             write(text, left + 1.6 * font, y)
 
-        rows = self._rows(width)
-        for index, entry in enumerate(self.entries):
+        def row(cells: Sequence[str], x: float, y: float, color: str) -> None:
+            for cell, offset, side in zip(cells, (1.6, 13.4, 16.9), sides, strict=True):
+                write(cell, x + offset * font, y, ha=side, color=color)
+
+        rows, grey, sides = self._rows(width), "#555555", ("left", "right", "right")
+        for index, (number, *cells) in enumerate(self.entries):
             x, y = left + self.column * (1 + index // rows), top + line * (1 + index % rows)
-            pixels, mined = x + 13.4 * font, x + 16.9 * font
             if index % rows == 0:
-                write("class", x + 1.6 * font, top, color="#555555")
-                write("pixels", pixels, top, ha="right", color="#555555")
-                write("mined", mined, top, ha="right", color="#555555")
-            place(box * self.colours[entry.number], x, y + (line - font) // 2)
-            write(f"{entry.number} {entry.name}", x + 1.6 * font, y)
-            write(entry.pixels, pixels, y, ha="right")
-            write(entry.mined, mined, y, ha="right")
-        write(
-            "pixels: of the image; mined: of the class",
-            left + self.column,
-            top + line * (rows + 1),
-            color="#555555",
-            fontsize=font * 0.6,
-        )
+                row(("class", "pixels", "mined"), x, top, grey)
+            place(box * self.colours[number], x, y + (line - font) // 2)
+            row(cells, x, y, "black")
+        text, y = "pixels: of the image; mined: of the class", top + line * (rows + 1)
+        write(text, left + self.column, y, color=grey, fontsize=font * 0.6)
 
     def _ticks(self) -> list[tuple[float, str]]:
         """Places on the bar in [0, 1] and what stands there."""
