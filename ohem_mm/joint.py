@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .inputs import check_classes, check_tensors, checked_labels, wide_enough
 from .loss import OhemCrossEntropyLoss
-from .ops import Overlap, Shared, shared_pass
+from .ops import Overlap, Shared, Wanted, shared_pass
 from .region import RegionLoss
 
 
@@ -26,8 +26,8 @@ def joint_losses(
 
     The values and gradients are those of separate calls, up to rounding. Interpolation, softmax and
     the gradient by the logits are computed once for the first of either kind, and for whatever
-    other loss asks for the same. Where the backend has no common pass, the losses are called one by
-    one.
+    other loss asks for the same. On the GPU the first cross-entropy is computed whole, mining
+    included. Where the backend has no common pass, the losses are called one by one.
 
     Args:
         losses: The losses.
@@ -41,7 +41,8 @@ def joint_losses(
         The value of each loss, in order.
     """
     options = {"ignore_index": ignore_index, "align_corners": align_corners}
-    shared, key = _share(losses, logits, target, ignore_index, align_corners)
+    maps = stats is not None and "kept" in stats
+    shared, key = _share(losses, logits, target, ignore_index, align_corners, maps)
     return [
         loss(
             logits,
@@ -73,6 +74,7 @@ def _share(
     target: Tensor,
     ignore_index: int | None,
     align_corners: bool | None,
+    maps: bool,
 ) -> tuple[Shared | None, tuple[int, bool, bool] | None]:
     """The common pass of the first loss of either kind, and the key of those that may use it."""
     region = next((loss for loss in losses if isinstance(loss, RegionLoss)), None)
@@ -102,7 +104,8 @@ def _share(
         target,
         valid,
         Overlap(use_sigmoid, region.rule.squared, float(region.label_smoothing)),
-        label_smoothing=pixels.label_smoothing,
+        Wanted(pixels.rule, pixels.label_smoothing, pixels.class_weight, pixels.reduction, maps),
+        ignore_index=ignored,
         align_corners=align,
         count_hits=True,
     )

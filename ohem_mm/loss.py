@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .inputs import check_classes, check_tensors, checked_labels, drop_channel, wide_enough
 from .mining import Kept, keep_pixels, world_size, world_sum
-from .ops import Shared, choose_backend, pixel_cross_entropy, triton
+from .ops import Shared, Wanted, choose_backend, pixel_cross_entropy, triton
 from .presets import preset_rule
 from .rule import SETTINGS, OhemRule
 from .settings import (
@@ -115,15 +115,22 @@ def ohem_cross_entropy(
     check_classes(
         target, valid, num_classes, rule.always_keep, class_weight, ignore_index, use_sigmoid
     )
+    maps = stats is not None and "kept" in stats
+    wanted = Wanted(rule, label_smoothing, class_weight, reduction, maps)
+    whole = None if shared is None else shared.whole
+    if whole is not None and weight is None and avg_factor is None and whole.is_for(wanted):
+        if stats is not None:
+            stats.update(hits=whole.hits, num_valid=whole.num_valid)
+        return whole.loss
     if weight is not None:
         weight = drop_channel(weight.to(logits.device), target.dim()).expand_as(target)
     if class_weight is not None:
         class_weight = class_weight.to(logits.device)
     constants = (weight, class_weight, avg_factor)
     if (
-        shared is None
+        (shared is None or whole is not None)
         and reduction != "none"
-        and not (stats and "kept" in stats)
+        and not maps
         and choose_backend(
             logits, use_sigmoid, size=target.shape[1:], constants=constants, rule=rule
         )
@@ -149,8 +156,8 @@ def ohem_cross_entropy(
             stats.update(hits=hits, num_valid=num_valid)
         return loss
 
-    if shared is not None and shared.label_smoothing == label_smoothing:
-        mined, loss, hits = shared.mined, shared.loss, shared.hits
+    if shared is not None and shared.pixels and shared.label_smoothing == label_smoothing:
+        (mined, loss), hits = shared.pixels, shared.hits
     else:
         mined, loss, hits = pixel_cross_entropy(
             logits,

@@ -29,6 +29,37 @@ def test_every_pixel_is_in_a_forward_tile():
         assert plan.programs == sizes.images * plan.across * plan.down
 
 
+def test_tiles_of_the_region_term():
+    plan = geometry.region(CITY)
+    assert plan == ((2, 8, 8, 32), 32, 16, 14, 4 * 32 * 16, 128)
+    plan = geometry.region(ADE)
+    assert plan[:3] == ((4, 4, 8, 32), 32, 16)
+    assert plan.tiles == 4  # cell 0 has half as many pixels again along each axis
+    full = geometry.region(Sizes(2, 19, 512, 1000, 512, 1000))
+    assert full[:5] == ((2, 4, 8, 32), 256, 8, 1, 2 * 256 * 8)
+
+
+@pytest.mark.parametrize("size", [(7, 9, 33, 65), (1, 1, 9, 3), (5, 5, 6, 6), (33, 65, 33, 65)])
+def test_every_cell_is_in_a_tile_of_the_region_term(size):
+    sizes = Sizes(3, 2, *size)
+    plan = geometry.region(sizes)
+    tile = plan.tile
+    assert tile.rows * tile.cols <= Tiling().pixels
+    assert min(tile.rows, tile.cols) >= 2
+    high, wide = tile.lanes // tile.wide, tile.wide
+    if sizes.full:
+        high, wide = tile.rows, tile.cols * tile.lanes
+    assert plan.down * high >= sizes.low_h > (plan.down - 1) * high
+    assert plan.across * wide >= sizes.low_w > (plan.across - 1) * wide
+    assert plan.programs == 3 * plan.down * plan.across
+
+
+def test_planes_of_the_region_term_keep_to_32_bits():
+    assert not geometry.spans_too_much((1000, 1000), (3 * 10**9, 10**6, 1000, 1))
+    # Channels last: a plane spans the whole image.
+    assert geometry.spans_too_much((1000, 1000), (3 * 10**9, 1, 3 * 10**6, 3000))
+
+
 def test_programs_of_the_mining():
     assert geometry.mining(CITY) == (1024, 256)
     assert geometry.mining(ADE) == (1024, 64)

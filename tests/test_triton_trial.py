@@ -1,14 +1,12 @@
 """The trial of the kernels: it passes where they are right and finds what is planted in them."""
 
 import importlib
-import inspect
-import sys
-import types
 
 import pytest
 import torch
 from interpreter import DEVICE as PLACE
 from interpreter import INTERPRETED, runs
+from planted import plant
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -22,10 +20,10 @@ DEVICE = torch.device(PLACE)
 @pytest.fixture
 def small(monkeypatch):
     """The same trial with fewer pixels and smaller tiles: the interpreter is slow."""
-    monkeypatch.setattr(trials, "_LOW", (3, 6))
-    monkeypatch.setattr(trials, "_SIZE", (9, 18))
+    monkeypatch.setattr(trials, "LOW", (3, 6))
+    monkeypatch.setattr(trials, "SIZE", (9, 18))
     tiling = trials.Tiling(tile=32, cells=4, classes=2, block=64, walk=2, programs=4)
-    monkeypatch.setattr(trials, "_TILING", tiling)
+    monkeypatch.setattr(trials, "TILING", tiling)
 
 
 @runs
@@ -122,35 +120,12 @@ FAULTS = {
 }
 
 
-MODULES = [f"ohem_mm.ops.triton.{name}" for name in ("forward", "floor", "mining", "backward")]
-
-
-def with_fault(name):
-    """A module of kernels, and its source with a fault."""
-    module, right, wrong = FAULTS[name]
-    original = importlib.import_module(f"ohem_mm.ops.triton.{module}")
-    source = inspect.getsource(original)
-    assert source.count(right) >= 1, f"{right!r} is no longer in {module}.py"
-    return original, source.replace(right, wrong)
-
-
 @pytest.mark.slow
 @runs
 @pytest.mark.skipif(not INTERPRETED, reason="each fault would be compiled")
 @pytest.mark.parametrize("name", FAULTS)
 def test_it_finds_a_planted_fault(small, monkeypatch, tmp_path, name):
-    original, source = with_fault(name)
-    # Triton reads the source of a kernel from its file.
-    path = tmp_path / f"{original.__name__.rpartition('.')[2]}.py"
-    path.write_text(source)
-    faulty = types.ModuleType(original.__name__)
-    faulty.__file__, faulty.__package__ = str(path), original.__package__
-    exec(compile(source, str(path), "exec"), faulty.__dict__)
-    for key, function in list(vars(original).items()):
-        if isinstance(function, triton.runtime.interpreter.InterpretedFunction):
-            for module in map(sys.modules.get, MODULES):
-                if vars(module).get(key) is function:
-                    monkeypatch.setattr(module, key, vars(faulty)[key])
+    plant(monkeypatch, tmp_path, *FAULTS[name])
     trouble = kernels.trial(DEVICE, torch.float32, 2, False)
     assert trouble is not None
     assert "fails" not in trouble
@@ -210,7 +185,7 @@ def test_the_default_device_does_not_matter():
 @pytest.mark.parametrize("channels", [2, 19, 150])
 @pytest.mark.parametrize("case", trials._CASES, ids=str)
 def test_its_rules_have_what_they_are_for(channels, case):
-    low = trials._SIZE if case.full else trials._LOW
+    low = trials.SIZE if case.full else trials.LOW
     logits, target = trials.make_problem(channels, False, low)
     valid = target != 255
     mined, *_ = trials.banded_cross_entropy(logits.double(), target, valid)

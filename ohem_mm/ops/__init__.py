@@ -23,6 +23,7 @@ from .eager import full_cross_entropy, upsampled
 from .portable import Options, banded_cross_entropy
 from .portable_region import PassOptions, banded_class_sums, banded_pair
 from .region import Overlap, Sums, full_class_sums
+from .shared import Shared, Wanted, Whole
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +31,7 @@ __all__ = [
     "Overlap",
     "Shared",
     "Sums",
+    "Wanted",
     "choose_backend",
     "class_sums",
     "decide",
@@ -119,7 +121,8 @@ def choose_backend(
         size: Spatial size of the labels; None: that of the logits.
         constants: Tensors and numbers that Triton's kernels have no gradient for.
         rule: The rule, if one is to be applied.
-        sums: What :func:`class_sums` is to sum, if that is what it is for.
+        sums: What :func:`class_sums` is to sum, if that is what it is for; with ``rule``, beside
+            the loss of that rule, in one pass.
 
     Returns:
         A name out of ``BACKENDS``.
@@ -143,7 +146,7 @@ def choose_backend(
     )
     if decide(facts._replace(verdict=""))[0] == "triton":
         channels = operator.index(logits.shape[1])  # a number, even where compilers have a symbol
-        form: _Form = use_sigmoid if sums is None else "sums"
+        form: _Form = use_sigmoid if sums is None else "sums" if rule is None else "pair"
         kind = (logits.device, logits.dtype, channels, form)
         if torch.compiler.is_dynamo_compiling():
             facts = facts._replace(verdict=_verdict_for_compiler(*kind))
@@ -158,12 +161,13 @@ def choose_backend(
                 facts = facts._replace(verdict=_verdict(*kind), can_try=False)
     backend, trouble = decide(facts)
     if trouble:
-        _say_once(f"triton {trouble}; using portable.")
+        apart = sums is not None and rule is not None
+        _say_once(f"triton {trouble}; {'losses run apart' if apart else 'using portable'}.")
     return backend
 
 
-# What is tried: the loss by softmax or by sigmoid, or the sums of overlap losses.
-_Form = bool | Literal["sums"]
+# What is tried: the loss by softmax or by sigmoid, the sums of overlap losses, or both in one pass.
+_Form = bool | Literal["sums", "pair"]
 _Kind = tuple[torch.device, torch.dtype, int, _Form]
 _VERDICTS: dict[_Kind, str] = {}
 
@@ -175,6 +179,8 @@ def _verdict(device: torch.device, dtype: torch.dtype, channels: int, form: _For
         try:
             if form == "sums":
                 trouble = triton.sums_trial(device, dtype, channels)
+            elif form == "pair":
+                trouble = triton.pair_trial(device, dtype, channels)
             else:
                 trouble = triton.trial(device, dtype, channels, form)
             _VERDICTS[kind] = trouble or ""
@@ -345,33 +351,14 @@ def class_sums(
     return full_class_sums(logits, target, valid, weight, overlap), hits
 
 
-class Shared(NamedTuple):
-    """What one pass over the pixels gave, for several losses of the same logits.
-
-    Attributes:
-        overlap: What ``sums`` are of.
-        label_smoothing: Smoothing of ``loss``.
-        sums: As :func:`class_sums` gives them.
-        mined: As :func:`pixel_cross_entropy` gives it.
-        loss: Likewise.
-        hits: Likewise.
-    """
-
-    overlap: Overlap
-    label_smoothing: float
-    sums: Sums
-    mined: Tensor
-    loss: Tensor
-    hits: Tensor | None
-
-
 def shared_pass(
     logits: Tensor,
     target: Tensor,
     valid: Tensor,
     overlap: Overlap,
+    wanted: Wanted,
     *,
-    label_smoothing: float = 0.0,
+    ignore_index: int,
     align_corners: bool = False,
     count_hits: bool = False,
 ) -> Shared | None:
@@ -382,16 +369,52 @@ def shared_pass(
         target: As there.
         valid: As there.
         overlap: Which sums.
-        label_smoothing: Smoothing of the cross-entropy.
+        wanted: The loss beside them.
+        ignore_index: Label of the pixels that are not valid.
         align_corners: As in ``torch.nn.functional.interpolate``.
         count_hits: Count the pixels that are classified correctly.
 
     Returns:
         Both; or None where this backend has no common pass.
     """
-    if choose_backend(logits, overlap.use_sigmoid) != "portable":
+    backend = choose_backend(logits, overlap.use_sigmoid)
+    if backend == "triton" and not is_traced(logits):
+        return _whole_pass(logits, target, overlap, wanted, ignore_index, align_corners)
+    if backend != "portable":
         return None
     pair = kept_pair if is_traced(logits) else banded_pair
-    options = PassOptions(overlap, label_smoothing, count_hits, align_corners)
+    options = PassOptions(overlap, wanted.label_smoothing, count_hits, align_corners)
     sums, mined, loss, hits = pair(logits, target, valid, options)
-    return Shared(overlap, label_smoothing, sums, mined, loss, hits)
+    return Shared(overlap, wanted.label_smoothing, sums, hits, (mined, loss))
+
+
+def _whole_pass(
+    logits: Tensor,
+    target: Tensor,
+    overlap: Overlap,
+    wanted: Wanted,
+    ignore_index: int,
+    align_corners: bool,
+) -> Shared | None:
+    """The sums and the whole loss on the GPU, or None where its kernels lack this pair."""
+    rule, smoothing, class_weight, reduction, maps = wanted
+    size = target.shape[1:]
+    if (
+        maps
+        or reduction == "none"
+        or (class_weight is not None and class_weight.requires_grad)
+        or triton.pair_refusal(logits, size, overlap, rule, smoothing)
+        or choose_backend(logits, size=size, rule=rule, sums=overlap) != "triton"
+    ):
+        return None
+    sums, loss, hits, num_valid = triton.pair(
+        logits,
+        target,
+        overlap,
+        rule=rule,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        class_weight=class_weight,
+        reduction=reduction,
+    )
+    return Shared(overlap, smoothing, sums, hits, whole=Whole(wanted, loss, hits, num_valid))

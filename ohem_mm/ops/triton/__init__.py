@@ -16,11 +16,13 @@ from torch import Tensor
 from ...rule import OhemRule
 from ...tracing import is_traced, is_transformed
 from ..eager import plain_cross_entropy
-from ..region import Overlap, Sums, refuse_graph
-from . import backward, forward, geometry, passes, region
+from ..region import Overlap, Sums
+from . import forward, geometry
 from . import trial as _trial
-from .inner import Kind, triton
+from . import trial_region as _trial_region
+from .inner import triton
 from .operator import kept_ohem
+from .overlap import Call, Overlapping
 from .passes import Settings, backward_pass, forward_pass, sizes_of
 from .trial import UndecidedError
 
@@ -29,6 +31,9 @@ __all__ = [
     "available",
     "class_sums",
     "ohem",
+    "pair",
+    "pair_refusal",
+    "pair_trial",
     "refusal",
     "sums_refusal",
     "sums_trial",
@@ -90,7 +95,12 @@ def trial(device: torch.device, dtype: torch.dtype, channels: int, use_sigmoid: 
 
 def sums_trial(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
     """What is wrong with the kernels of :func:`class_sums` here, or None."""
-    return _trial.sums_trial(class_sums, device, dtype, channels)
+    return _trial_region.sums_trial(class_sums, device, dtype, channels)
+
+
+def pair_trial(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """What is wrong with the kernels of :func:`pair` here, or None."""
+    return _trial_region.pair_trial(pair, device, dtype, channels)
 
 
 def ohem(
@@ -224,7 +234,10 @@ def sums_refusal(logits: Tensor, size: Sequence[int], overlap: Overlap) -> str |
     """
     if overlap.use_sigmoid or overlap.smoothing:
         return "has sums of softmax and hard labels alone"
-    return refusal(logits, size)
+    reason = refusal(logits, size)
+    if reason is None and geometry.spans_too_much(logits.shape[2:], logits.stride()):
+        reason = "cannot sum logits whose planes pass 32 bits"
+    return reason
 
 
 def class_sums(
@@ -259,86 +272,76 @@ def class_sums(
     reason = sums_refusal(logits, target.shape[1:], overlap)
     if reason:
         raise ValueError(f"triton {reason}.")
-    sizes = sizes_of(logits, target.shape[1:])
-    kind = Kind(
-        full=sizes.full,
-        align_corners=align_corners,
-        sigmoid=False,
-        single=False,
-        smooth=False,
-        hits=with_hits,
-        overlap=True,
-        squared=overlap.squared,
-        weighted=weight is not None,
-    )
     if weight is not None:
         weight = weight.float().contiguous()
-    *out, hits = _ClassSums.apply(  # type: ignore[no-untyped-call]
-        logits, target, weight, (sizes, kind, ignore_index, tiling)
+    plain = Settings(
+        OhemRule(None, 1.0), align_corners, False, 0.0, ignore_index, "mean", with_hits, tiling
     )
-    return Sums(*out), hits if with_hits else None
+    call = Call(
+        sizes_of(logits, target.shape[1:]),
+        overlap,
+        plain,
+        with_loss=False,
+        weighted=weight is not None,
+    )
+    *sums, _, hits, _ = Overlapping.apply(  # type: ignore[no-untyped-call]
+        logits, target, weight, None, call
+    )
+    return Sums(*sums), hits if with_hits else None
 
 
-class _ClassSums(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        call: tuple[geometry.Sizes, Kind, int, geometry.Tiling],
-    ) -> tuple[Tensor, ...]:
-        sizes, kind, ignore_index, tiling = call
-        plan = geometry.forward(sizes, tiling)
-        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-            maps = forward.run(
-                logits,
-                target.contiguous(),
-                sizes,
-                # The forward pass is that of plain cross-entropy.
-                kind._replace(overlap=False, squared=False, weighted=False),
-                ignore_index=ignore_index,
-                smoothing=0.0,
-                limit=0.0,
-                state=torch.empty(0, dtype=torch.int32, device=logits.device),
-                plan=plan,
-            )
-            sums = region.sums(logits, maps, weight, sizes, kind, plan)
-            # Without a pixel nothing was launched, and nothing written there.
-            hits = maps.counts[2, : plan.programs if target.numel() else 0].sum()
-        ctx.call = call
-        ctx.save_for_backward(logits, maps.loss, maps.normaliser, maps.label, weight)
-        ctx.mark_non_differentiable(sums[2], hits)
-        return *sums.unbind(), hits
+def pair_refusal(
+    logits: Tensor, size: Sequence[int], overlap: Overlap, rule: OhemRule, label_smoothing: float
+) -> str | None:
+    """Why :func:`pair` must leave this call to another path, or None.
 
-    @staticmethod
-    def backward(
-        ctx: Any, by_intersection: Tensor, by_predicted: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        refuse_graph()
-        logits, loss, normaliser, label, weight = ctx.saved_tensors
-        sizes, kind, _, tiling = ctx.call
-        maps = forward.Maps(loss, loss, normaliser, label, loss)
-        one = loss.new_ones(())
-        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-            slope = by_predicted.float().contiguous()
-            shift, at_true = region.slopes(
-                logits,
-                maps,
-                weight,
-                by_intersection.float().contiguous(),
-                slope,
-                sizes,
-                kind,
-                geometry.forward(sizes, tiling),
-            )
-            grad = backward.run(
-                logits,
-                backward.Saved(shift, normaliser, label, one, at_true, weight, slope),
-                one,
-                sizes,
-                kind,
-                0.0,
-                geometry.backward(sizes, passes.processors(logits.device), tiling),
-            )
-        return grad, None, None, None
+    Args:
+        logits: Shape (N, C, h, w).
+        size: Of the labels, (H, W).
+        overlap: Which sums.
+        rule: Of the loss.
+        label_smoothing: Of the loss.
+
+    Returns:
+        What is wrong, to be put behind the name of the path, or None.
+    """
+    if label_smoothing:
+        return "has no smoothed loss beside sums"
+    return sums_refusal(logits, size, overlap) or refusal(logits, size, (), rule)
+
+
+def pair(
+    logits: Tensor,
+    target: Tensor,
+    overlap: Overlap,
+    *,
+    rule: OhemRule,
+    ignore_index: int,
+    align_corners: bool,
+    class_weight: Tensor | None,
+    reduction: Literal["mean", "sum"],
+    tiling: geometry.Tiling = geometry.TILING,
+) -> tuple[Sums, Tensor, Tensor, Tensor]:
+    """What :func:`class_sums` and :func:`ohem` give of the same logits, in one pass each way.
+
+    Args are theirs; ``class_weight`` is that of the loss alone.
+
+    Returns:
+        The sums, the loss, the hits, and the number of valid pixels.
+
+    Raises:
+        ValueError: :func:`pair_refusal` has a reason.
+    """
+    reason = pair_refusal(logits, target.shape[1:], overlap, rule, 0.0)
+    if reason:
+        raise ValueError(f"triton {reason}.")
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.device, non_blocking=True)
+    settings = Settings(rule, align_corners, False, 0.0, ignore_index, reduction, True, tiling)
+    call = Call(
+        sizes_of(logits, target.shape[1:]), overlap, settings, with_loss=True, weighted=False
+    )
+    *sums, loss, hits, valid = Overlapping.apply(  # type: ignore[no-untyped-call]
+        logits, target, None, class_weight, call
+    )
+    return Sums(*sums), loss, hits, valid

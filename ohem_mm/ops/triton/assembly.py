@@ -23,7 +23,7 @@ import torch
 
 from ...rule import OhemRule
 from ..region import Overlap
-from . import geometry
+from . import geometry, passes
 from .inner import triton
 
 
@@ -137,7 +137,7 @@ def launches(
     with (
         record() as found,
         mock.patch.object(package, "available", return_value=True),
-        mock.patch.object(package.passes, "processors", return_value=processors),
+        mock.patch.object(passes, "processors", return_value=processors),
     ):
         loss, *_ = package.ohem(
             logits, target, scale, rule=rule or OhemRule(), size=(height, width), **chosen
@@ -151,6 +151,7 @@ def region_launches(
     overlap: Overlap | None = None,
     *,
     weight: bool = False,
+    rule: OhemRule | None = None,
     processors: int = 132,
 ) -> list[Launch]:
     """The same of the sums of overlap losses, for float32 logits and int64 labels.
@@ -158,7 +159,8 @@ def region_launches(
     Args:
         sizes: Of logits and labels.
         overlap: Which sums.
-        weight: With a weight for each pixel.
+        weight: With a weight for each pixel; alone.
+        rule: Of a loss beside them; None: they are alone.
         processors: Multiprocessors of the device.
     """
     package = importlib.import_module(__package__ or "")
@@ -169,18 +171,17 @@ def region_launches(
     with (
         record() as found,
         mock.patch.object(package, "available", return_value=True),
-        mock.patch.object(package.passes, "processors", return_value=processors),
+        mock.patch.object(passes, "processors", return_value=processors),
     ):
-        sums, _ = package.class_sums(
-            logits,
-            target,
-            scale,
-            overlap or Overlap(),
-            ignore_index=255,
-            align_corners=False,
-            with_hits=True,
-        )
-        torch.autograd.grad((sums.intersection + sums.predicted).sum(), logits)
+        overlap = overlap or Overlap()
+        plain: dict[str, Any] = {"ignore_index": 255, "align_corners": False}
+        if rule is None:
+            sums, _ = package.class_sums(logits, target, scale, overlap, with_hits=True, **plain)
+            loss = 0.0
+        else:
+            plain |= {"rule": rule, "class_weight": None, "reduction": "mean"}
+            sums, loss, *_ = package.pair(logits, target, overlap, **plain)
+        torch.autograd.grad((sums.intersection + sums.predicted).sum() + loss, logits)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .inner import LOG2_E, Kind, axis, begin, between, jit, kernel, options, tl, weight_in
+from .inner import LOG2_E, Kind, axis, begin, between, jit, kernel, options, scaled, tl, weight_in
 
 
 class Saved(NamedTuple):
@@ -105,12 +105,6 @@ def _finite(z):
 
 
 @jit
-def _scaled(value, step):
-    # Nothing stays nothing, whatever the gradient of the loss.
-    return tl.where(value != 0, value * step, 0.0)
-
-
-@jit
 def _of_overlap(p, hot, shift, at_true, weight, slope, kind: tl.constexpr):
     # Derivative by a logit of a function of the sums: p (slope - mean slope), and more if true.
     steep = 2.0 * slope * p if kind.squared else slope
@@ -158,10 +152,12 @@ def _backward_full(
     image = (program // (across * down)).to(tl.int64)
     inside = (y < high_h)[:, None] & (x < high_w)[None, :]
     place = (image * high_h + y[:, None]) * high_w + x[None, :]
-    step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
+    step = 1.0
+    if not kind.overlap:
+        step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
     label = tl.load(label_map + place, mask=inside, other=-1).to(tl.int32)
     live = label >= 0
-    k = _scaled(tl.load(factor + place, mask=live, other=0.0), step)
+    k = scaled(tl.load(factor + place, mask=live, other=0.0), step)
     norm = k
     if not kind.sigmoid:
         norm = tl.load(normaliser + place, mask=live, other=0.0)
@@ -171,10 +167,10 @@ def _backward_full(
     logits += image * stride_n + y * stride_y + x * stride_x
     grad += image * grad_n + y * grad_y + x * grad_x
     if kind.overlap:
-        more = _scaled(tl.load(at_true + place, mask=live, other=0.0), step)
+        more = scaled(tl.load(at_true + place, mask=live, other=0.0), step)
         share = step
         if kind.weighted:
-            share = _scaled(tl.load(weight + place, mask=live, other=0.0), step)
+            share = scaled(tl.load(weight + place, mask=live, other=0.0), step)
         by_predicted += image * classes
     for c in range(classes):
         z = tl.load(logits, mask=live, other=0.0).to(tl.float32) * LOG2_E
@@ -273,7 +269,9 @@ def _backward(
     shift = tl.maximum(lane - 1, 0)[None, :] + tl.full([class_tile, cells], 0, tl.int32)
     true_label = (c + 1 if kind.single else c)[:, None]
 
-    step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
+    step = 1.0
+    if not kind.overlap:
+        step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
     if kind.overlap:
         steep = tl.load(by_predicted + image * classes + c, mask=c < classes, other=0.0)[:, None]
     carry = tl.full([class_tile, cells], 0.0, tl.float32)
@@ -336,5 +334,5 @@ def _backward(
         value = carry + (all_all - low_all) - upper_right + _from_left(upper_right, shift, first)
         if (r > 0) & (row < low_h):
             at = grad + row.to(tl.int64) * grad_y + grad_plane + out
-            tl.store(at, _scaled(value, step).to(grad.dtype.element_ty), mask=mine)
+            tl.store(at, scaled(value, step).to(grad.dtype.element_ty), mask=mine)
         carry = low_all - low_right + _from_left(low_right, shift, first)

@@ -48,15 +48,27 @@ class State(NamedTuple):
 def make_state(logits: Tensor, labels: int, rule: OhemRule) -> State:
     """Room for the radix select of each group; not initialised."""
     groups = 0
-    if rule.min_kept:
+    if has_floor(rule):
         groups = {"batch": 1, "image": len(logits), "class": labels}[rule.pool]
     state = logits.new_empty(groups * (3 * BINS + 10), dtype=torch.int32)
     parts = state.split([groups * size for size in (3 * BINS, 4, 4, 1, 1)])
     return State(state, *parts)
 
 
+def keeps_all(rule: OhemRule) -> bool:
+    """Whether the floor keeps every valid pixel: mining is off."""
+    return isinstance(rule.min_kept, float) and rule.min_kept == 1
+
+
+def has_floor(rule: OhemRule) -> bool:
+    """Whether a k-th largest loss may have to be found."""
+    return bool(rule.min_kept) and not keeps_all(rule)
+
+
 def limit_of(rule: OhemRule) -> float:
     """Loss above which a pixel is hard; without a threshold, the largest that is finite."""
+    if keeps_all(rule):
+        return -1.0
     # 0.0 < limit for thresh = 1 is meant: there every loss above 0 is hard.
     return _LARGEST if rule.thresh is None else max(0.0, -math.log(rule.thresh))
 

@@ -5,6 +5,7 @@ Pure functions of integers, so that a schedule can be tested without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from typing import NamedTuple
 _SCHEDULERS, _WARPS = 4, 3
 # A scheduler with a single warp issues about every third cycle: it waits for loads.
 _ALONE = 2.2
+# Of a thread of the region term: four warps for each scheduler.
+_REGISTERS = 128
 
 _INT32 = 2**31
 
@@ -27,6 +30,7 @@ class Tiling(NamedTuple):
         walk: Rows of cells that a backward program walks down; None: what fills the device. Longer
             walks repeat less work, one row in each, but leave less to balance.
         longest: The longest walk where it is chosen.
+        pixels: Pixels that a thread of the region term holds at most.
         registers: Of a backward thread at most: three warps for each scheduler.
         block: Pixels of a block in kernels that only read maps.
         programs: About how many programs of these share the batch.
@@ -37,6 +41,7 @@ class Tiling(NamedTuple):
     classes: int = 8
     walk: int | None = None
     longest: int = 16
+    pixels: int = 16
     registers: int | None = 168
     block: int = 1024
     programs: int = 1024
@@ -69,6 +74,29 @@ class ForwardPlan(NamedTuple):
     down: int
     across: int
     programs: int
+
+
+class Cells(NamedTuple):
+    """A tile of the region term: ``lanes`` cells, ``wide`` of them side by side.
+
+    A thread holds ``rows`` x ``cols`` pixels of its cell.
+    """
+
+    rows: int
+    cols: int
+    wide: int
+    lanes: int
+
+
+class RegionPlan(NamedTuple):
+    """``down`` x ``across`` programs an image; each takes at most ``tiles`` tiles of its cells."""
+
+    tile: Cells
+    down: int
+    across: int
+    tiles: int
+    programs: int
+    registers: int | None
 
 
 class MiningPlan(NamedTuple):
@@ -129,6 +157,16 @@ def refusal(sizes: Sizes, strides: tuple[int, ...]) -> str | None:
     return None
 
 
+def spans_too_much(low: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether places within one plane of logits pass 32 bits, which the region term has them in.
+
+    Args:
+        low: Rows and columns of the logits.
+        strides: Of the logits: image, channel, row, column.
+    """
+    return sum(size * abs(stride) for size, stride in zip(low, strides[2:], strict=True)) >= _INT32
+
+
 def forward(sizes: Sizes, tiling: Tiling = TILING) -> ForwardPlan:
     """Tiles of the forward pass: a strip of columns of one row of cells for each program."""
     # As many rows as most cells have, but not one: Triton has miscompiled dimensions of size 1.
@@ -137,6 +175,36 @@ def forward(sizes: Sizes, tiling: Tiling = TILING) -> ForwardPlan:
     down = cdiv(sizes.high_h, rows) if sizes.full else sizes.low_h
     across = cdiv(sizes.high_w, cols)
     return ForwardPlan(rows, cols, down, across, sizes.images * down * across)
+
+
+def region(sizes: Sizes, tiling: Tiling = TILING) -> RegionPlan:
+    """Tiles of the kernels of the region term."""
+    wide = min(8, tiling.cells // 2)
+    if sizes.full:
+        tile = Cells(2, 4, wide, tiling.cells)
+        down, across = cdiv(sizes.high_h, 2), cdiv(sizes.high_w, 4 * tiling.cells)
+        return RegionPlan(tile, down, across, 1, sizes.images * down * across, _REGISTERS)
+    cols = _power(sizes.high_w // sizes.low_w)
+    rows = min(_power(sizes.high_h // sizes.low_h), tiling.pixels // cols)
+    tile = Cells(rows, cols, wide, tiling.cells)
+    down, across = cdiv(sizes.low_h, tiling.cells // wide), cdiv(sizes.low_w, wide)
+    tiles = cdiv(_longest(sizes.low_h, sizes.high_h), rows) * cdiv(
+        _longest(sizes.low_w, sizes.high_w), cols
+    )
+    return RegionPlan(tile, down, across, tiles, sizes.images * down * across, _REGISTERS)
+
+
+def _power(scale: int) -> int:
+    """A power of two up to the scale, of 2 to 8."""
+    # Not one: Triton has miscompiled dimensions of size 1.
+    return min(8, max(2, 1 << max(1, scale).bit_length() - 1))
+
+
+def _longest(low: int, high: int) -> int:
+    """A bound of the pixels of a cell along one axis."""
+    if low == 1:
+        return high
+    return max(cdiv(3 * high, 2 * low), cdiv(high - 1, low - 1)) + 1
 
 
 def mining(sizes: Sizes, tiling: Tiling = TILING) -> MiningPlan:

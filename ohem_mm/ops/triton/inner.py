@@ -41,6 +41,7 @@ class Kind(NamedTuple):
         overlap: The gradient is that of sums over classes; see ``region``.
         squared: One of these sums is of squares.
         weighted: Pixels have weights in them.
+        pair: It has that of a cross-entropy beside.
     """
 
     full: bool
@@ -53,6 +54,7 @@ class Kind(NamedTuple):
     overlap: bool = False
     squared: bool = False
     weighted: bool = False
+    pair: bool = False
 
 
 def options(warps: int, registers: int | None = None) -> dict[str, Any]:
@@ -140,6 +142,12 @@ def begin(cell, line, size):
 def between(first, second, weight):
     """Linear interpolation, rounded in the same way wherever it stands."""
     return tl.fma(weight, second - first, first)
+
+
+@jit
+def scaled(value, step):
+    """Nothing stays nothing, whatever the gradient of the loss."""
+    return tl.where(value != 0, value * step, 0.0)
 
 
 @jit

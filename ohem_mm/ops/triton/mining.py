@@ -10,18 +10,22 @@ from torch import Tensor
 
 from ...rule import OhemRule
 from . import floor, geometry
-from .floor import BINS, descend, limit_of, rank_bits
+from .floor import BINS, descend, has_floor, limit_of, rank_bits
 from .forward import Maps
 from .inner import Kind, kernel, options, tl
 
 
 class Result(NamedTuple):
-    """Scalars: loss and its divisor, float32; hits and valid pixels, int64."""
+    """Scalars: loss and its divisor, float32; hits and valid pixels, int64; and a map, ``factor``.
+
+    ``backward.Saved`` says what it is.
+    """
 
     loss: Tensor
     divisor: Tensor
     hits: Tensor
     valid: Tensor
+    factor: Tensor
 
 
 def run(
@@ -35,14 +39,19 @@ def run(
     rule: OhemRule,
     reduction: str,
     plan: geometry.MiningPlan,
+    apart: bool = False,
 ) -> Result:
-    """Mine and sum; ``maps.loss`` becomes gradient factors, ``maps.label`` -1 where not kept."""
+    """Mine and sum; ``maps.loss`` becomes gradient factors, ``maps.label`` -1 where not kept.
+
+    With ``apart`` the maps stay as they are, and the factors have a map of their own.
+    """
     pixels = sizes.high_h * sizes.high_w
     empty = not maps.loss.numel()
     grid = (plan.parts, sizes.images)
     tiles = {"block": plan.block, **options(4)}
-    if rule.min_kept and not empty:
+    if has_floor(rule) and not empty:
         floor.find(maps, state, grid, tiles, pixels, rule)
+    factor = torch.empty_like(maps.loss) if apart else maps.loss
     sums = maps.loss.new_empty(2, grid[0] * grid[1])
     numbers = maps.counts.new_empty(2, grid[0] * grid[1])
     if not empty:
@@ -52,6 +61,7 @@ def run(
             maps.label,
             maps.loss if weight is None else weight.contiguous(),
             maps.loss if class_weight is None else class_weight.contiguous(),
+            factor,
             state.digits,
             state.found,
             state.rank,
@@ -64,7 +74,7 @@ def run(
             maps.counts.shape[1],
             limit_of(rule),
             rule=Selection(
-                rule.pool if rule.min_kept else None,
+                rule.pool if has_floor(rule) else None,
                 tuple(rule.always_keep),
                 kind.smooth,
                 kind.hits,
@@ -72,6 +82,7 @@ def run(
                 class_weight is not None,
                 rule.weighted_mean,
                 rule.avg == "kept",
+                apart,
             ),
             bins=BINS,
             **tiles,
@@ -83,6 +94,7 @@ def run(
         loss.new_empty(()),
         loss.new_empty((), dtype=torch.int64),
         loss.new_empty((), dtype=torch.int64),
+        factor,
     )
     has_scale = weight is not None or class_weight is not None
     divide_by, given = "sum", 1.0
@@ -98,7 +110,7 @@ def run(
         sums,
         numbers,
         avg_factor if isinstance(avg_factor, Tensor) else loss,
-        *result,
+        *result[:4],
         sums.shape[1],
         given,
         divide_by=divide_by,
@@ -121,6 +133,7 @@ class Selection(NamedTuple):
         class_weight: There is a weight for each class.
         weighted: The divisor is a sum of weights.
         over_kept: It counts kept pixels, not valid ones.
+        apart: Losses and labels stay.
     """
 
     pool: str | None
@@ -131,10 +144,11 @@ class Selection(NamedTuple):
     class_weight: bool
     weighted: bool
     over_kept: bool
+    apart: bool
 
 
 @kernel(
-    *("loss", "smooth_loss", "label_map", "digits", "found", "rank", "ties"),
+    *("loss", "smooth_loss", "label_map", "factor_map", "digits", "found", "rank", "ties"),
     *("counts", "sums", "numbers", "pixels"),
 )
 def _select(
@@ -143,6 +157,7 @@ def _select(
     label_map,
     weight,
     class_weight,
+    factor_map,
     digits,
     found,
     rank,
@@ -158,7 +173,7 @@ def _select(
     bins: tl.constexpr,
     block: tl.constexpr,
 ):
-    # Decide what is kept, sum it, and replace each loss in place by the factor of its gradient.
+    # Decide what is kept, sum it, and write the factor of each loss's gradient, in place or apart.
     part, image = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(0)
     first = image.to(tl.int64) * pixels
@@ -217,8 +232,9 @@ def _select(
             divisor += tl.where(valid, 1.0, 0.0)
         num_valid += valid.to(tl.int32)
         # value - value is 0, or NaN where the loss is not finite, so that scalers see it.
-        tl.store(loss + place, tl.where(kept, factor + (value - value), 0.0), mask=inside)
-        tl.store(label_map + place, tl.where(kept, label, -1), mask=inside)
+        tl.store(factor_map + place, tl.where(kept, factor + (value - value), 0.0), mask=inside)
+        if not rule.apart:
+            tl.store(label_map + place, tl.where(kept, label, -1), mask=inside)
 
     slot = image * parts + part
     programs = parts * tl.num_programs(1)

@@ -35,7 +35,7 @@ class Settings(NamedTuple):
             single=self.use_sigmoid and sizes.classes == 1,
             smooth=self.smoothing > 0,
             hits=self.with_hits,
-            hard=bool(self.rule.min_kept) and self.rule.pool != "class",
+            hard=floor.has_floor(self.rule) and self.rule.pool != "class",
         )
 
 

@@ -3,29 +3,21 @@
 
 After the forward pass, which leaves the normaliser of each pixel, a second look at the logits sums
 probabilities by class; the gradient needs a third, for the mean of its slopes over the classes of a
-pixel, before the backward pass collects it.
+pixel, before the backward pass collects it. In both a thread owns a cell, whose four corners serve
+all of the cell's pixels.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import geometry
+from .cells import cells_of, corners_of, highest, pixels, positions, probability, total
 from .forward import Maps
-from .inner import (
-    LOG2_E,
-    Kind,
-    axis,
-    begin,
-    between,
-    cell_of,
-    jit,
-    kernel,
-    options,
-    tl,
-    weight_in,
-)
+from .inner import LOG2_E, Kind, kernel, options, scaled, tl
 
 
 def sums(
@@ -34,7 +26,7 @@ def sums(
     weight: Tensor | None,
     sizes: geometry.Sizes,
     kind: Kind,
-    plan: geometry.ForwardPlan,
+    plan: geometry.RegionPlan,
 ) -> Tensor:
     """Intersection, predicted sum and weight of the labels of each image and class.
 
@@ -49,8 +41,8 @@ def sums(
     Returns:
         float64, shape (3, N, C).
     """
-    tiles = 1 if sizes.full else geometry.cdiv(tallest(sizes), plan.rows)
-    parts = logits.new_zeros(3, sizes.classes, plan.programs * tiles, dtype=torch.float32)
+    slots = plan.programs * plan.tiles
+    parts = logits.new_zeros(3, sizes.classes, slots, dtype=torch.float32)
     if maps.loss.numel():
         _sums[(plan.programs,)](
             logits,
@@ -63,23 +55,28 @@ def sums(
             *sizes[1:],
             plan.down,
             plan.across,
-            tiles,
+            plan.tiles,
             kind=kind,
-            rows=plan.rows,
-            cols=plan.cols,
-            **options(1),
+            tile=plan.tile,
+            **options(1, plan.registers),
         )
     # Programs of one image follow each other.
-    each = parts.view(3, sizes.classes, sizes.images, plan.programs // max(1, sizes.images) * tiles)
+    each = parts.view(3, sizes.classes, sizes.images, slots // max(1, sizes.images))
     return each.sum(3, dtype=torch.float64).transpose(1, 2)
 
 
-def tallest(sizes: geometry.Sizes) -> int:
-    """A bound of the rows of pixels that a row of cells has."""
-    low, high = sizes.low_h, sizes.high_h
-    if low == 1:
-        return high
-    return max(geometry.cdiv(3 * high, 2 * low), geometry.cdiv(high - 1, low - 1)) + 1
+class Mined(NamedTuple):
+    """What a cross-entropy beside the sums has for the backward pass.
+
+    Attributes:
+        factor: float32, shape (N, H, W): weight of each pixel in its sum, 0 where not kept.
+        divisor: float32, shape ().
+        grad_loss: Gradient of the loss, shape ().
+    """
+
+    factor: Tensor
+    divisor: Tensor
+    grad_loss: Tensor
 
 
 def slopes(
@@ -88,9 +85,10 @@ def slopes(
     weight: Tensor | None,
     by_intersection: Tensor,
     by_predicted: Tensor,
+    mined: Mined | None,
     sizes: geometry.Sizes,
     kind: Kind,
-    plan: geometry.ForwardPlan,
+    plan: geometry.RegionPlan,
 ) -> tuple[Tensor, Tensor]:
     """What the backward pass adds to the slope of every class of a pixel, and at the true one.
 
@@ -100,6 +98,7 @@ def slopes(
         weight: float32, shape (N, H, W), or None.
         by_intersection: Derivative by the intersections, float32, shape (N, C), contiguous.
         by_predicted: Derivative by the predicted sums, likewise.
+        mined: Of the cross-entropy, with ``Kind.pair``.
         sizes: Of the problem.
         kind: What is computed.
         plan: Tiles and programs.
@@ -111,11 +110,13 @@ def slopes(
     if shift.numel():
         _slopes[(plan.programs,)](
             logits,
+            maps.loss,
             maps.normaliser,
             maps.label,
             maps.loss if weight is None else weight,
             by_intersection,
             by_predicted,
+            *(mined or Mined(maps.loss, maps.loss, maps.loss)),
             shift,
             at_true,
             *logits.stride(),
@@ -123,28 +124,10 @@ def slopes(
             plan.down,
             plan.across,
             kind=kind,
-            rows=plan.rows,
-            cols=plan.cols,
-            **options(1),
+            tile=plan.tile,
+            **options(1, plan.registers),
         )
     return shift, at_true
-
-
-@jit
-def _logit(above, below, left, right, plane, weight_x, weight_y):
-    # Interpolated logit of a tile, in units of log 2, as the forward pass has it.
-    z00 = tl.load(above + plane + left).to(tl.float32)
-    z01 = tl.load(above + plane + right).to(tl.float32)
-    z10 = tl.load(below + plane + left).to(tl.float32)
-    z11 = tl.load(below + plane + right).to(tl.float32)
-    top = between(z00, z01, weight_x)
-    drop = between(z10, z11, weight_x) - top
-    return tl.fma(weight_y, drop[None, :], (top * LOG2_E)[None, :])
-
-
-@jit
-def _store_sum(at, values):
-    tl.store(at, tl.sum(tl.sum(values, 1), 0))
 
 
 @kernel("loss", "normaliser", "label_map", "parts")
@@ -168,78 +151,77 @@ def _sums(
     across,
     tiles,
     kind: tl.constexpr,
-    rows: tl.constexpr,
-    cols: tl.constexpr,
+    tile: tl.constexpr,
 ):
-    # Tiles as in the forward pass. Each tile has a place of its own for each class, so that nothing
-    # is added up through memory.
+    # Each tile has a place of its own for each class, so that nothing is added up through memory.
     program = tl.program_id(0)
-    block_x = program % across
-    block_y = program // across % down
     image = (program // (across * down)).to(tl.int64)
-    x = tl.max_contiguous(block_x * cols + tl.arange(0, cols), 1)
-    inside_x = x < high_w
+    vertical, horizontal = cells_of(program, low_h, low_w, high_h, high_w, down, across, kind, tile)
+    cell_y, y_begin, y_end, height = vertical
+    cell_x, x_begin, x_end, width = horizontal
     logits += image * stride_n
-    axis_y = axis(low_h, high_h, kind.align_corners)
-    left = x * stride_x
-    right, above, below, weight_x = left, logits, logits, inside_x.to(tl.float32)
-    if kind.full:
-        y_begin = block_y * rows
-        y_end = tl.minimum(y_begin + rows, high_h)
-    else:
-        y_begin = begin(block_y, axis_y, high_h)
-        y_end = begin(block_y + 1, axis_y, high_h)
-        axis_x = axis(low_w, high_w, kind.align_corners)
-        cell = cell_of(x, axis_x)
-        weight_x = weight_in(cell, x, axis_x, low_w - 1)
-        left = tl.minimum(cell, low_w - 1) * stride_x
-        right = tl.minimum(cell + 1, low_w - 1) * stride_x
-        above = logits + block_y.to(tl.int64) * stride_y
-        below = logits + tl.minimum(block_y + 1, low_h - 1).to(tl.int64) * stride_y
-
+    first = image * high_h * high_w
+    column = tl.arange(0, tile.cols) * (tile.lanes if kind.full else 1)
+    corners = corners_of(cell_y, cell_x, low_h, low_w, stride_y, stride_x)
     step = tl.num_programs(0) * tiles
     out = parts + program * tiles
-    for y_first in range(y_begin, y_end, rows):
-        y = y_first + tl.arange(0, rows)
-        inside = (y < y_end)[:, None] & inside_x[None, :]
-        tile = (image * high_h + y_first) * high_w
-        place = tl.arange(0, rows)[:, None] * high_w + x[None, :]
-        label = tl.load(label_map + tile + place, mask=inside, other=-1).to(tl.int32)
-        live = label >= 0
-        norm = tl.load(normaliser + tile + place, mask=live, other=0.0)
-        # A loss that is not finite comes out, though the probability may be 0.
-        pixel = tl.load(loss + tile + place, mask=live, other=0.0)
-        pixel -= pixel
-        scale = live.to(tl.float32)
-        if kind.weighted:
-            scale = tl.load(weight + tile + place, mask=live, other=0.0)
-        weight_y = (weight_in(block_y, y, axis_y, low_h - 1) * LOG2_E)[:, None]
-        plane = tl.zeros([], tl.int64)
-        at_class = out
-        for c in range(classes):
-            if kind.full:
-                at = y.to(tl.int64)[:, None] * stride_y + x.to(tl.int64)[None, :] * stride_x
-                z = tl.load(logits + plane + at, mask=live, other=0.0).to(tl.float32) * LOG2_E
-            else:
-                z = _logit(above, below, left, right, plane, weight_x, weight_y)
-            plane += stride_c
-            p = tl.where(live, tl.exp2(z - norm), 0.0)
-            hot = label == c
-            _store_sum(at_class, tl.where(hot, scale * (p + pixel), 0.0))
-            _store_sum(at_class + classes * step, scale * (p * p if kind.squared else p))
-            _store_sum(at_class + 2 * classes * step, tl.where(hot, scale, 0.0))
-            at_class += step
-        out += 1
+    for down_by in range(0, height, tile.rows):
+        y, weight_y = positions(
+            cell_y, y_begin, down_by + tl.arange(0, tile.rows), low_h, high_h, kind.align_corners
+        )
+        weight_y *= LOG2_E
+        for right_by in range(0, width, tile.cols):
+            x_first = x_begin + right_by
+            x, weight_x = positions(cell_x, x_first, column, low_w, high_w, kind.align_corners)
+            inside = (y < y_end[None, :])[:, None, :] & (x < x_end[None, :])[None, :, :]
+            at = y * high_w + x_first[None, :]
+            label = tl.load(pixels(label_map + first, at, column), mask=inside, other=-1)
+            label = label.to(tl.int32)
+            norm = tl.load(pixels(normaliser + first, at, column), mask=inside, other=0.0)
+            norm = tl.where(label >= 0, norm, float("inf"))
+            scale = tl.full([tile.rows, tile.cols, tile.lanes], 1.0, tl.float32)
+            if kind.weighted:
+                scale = tl.load(pixels(weight + first, at, column), mask=label >= 0, other=0.0)
+            # A loss that is not finite comes out, though the probability may be 0.
+            pixel = tl.load(pixels(loss + first, at, column), mask=inside, other=0.0)
+            true = scale * (tl.exp2(-pixel * LOG2_E) + (pixel - pixel))
+            # Most tiles have few labels.
+            c = highest(label)
+            while c >= 0:
+                hot = label == c
+                tl.store(out + c * step, total(tl.where(hot, true, 0.0)))
+                tl.store(out + (2 * classes + c) * step, total(tl.where(hot, scale, 0.0)))
+                label = tl.where(hot, -1, label)
+                c = highest(label)
+
+            z_at = y.to(tl.int64)[:, None, :] * stride_y + x.to(tl.int64)[None, :, :] * stride_x
+            plane = logits
+            at_class = out + classes * step
+            for _ in range(classes):
+                p = probability(plane, corners, weight_y, weight_x, z_at, inside, norm, kind.full)
+                if kind.squared:
+                    p *= p
+                tl.store(at_class, total(scale * p if kind.weighted else p))
+                plane += stride_c
+                at_class += step
+            out += 1
 
 
-@kernel("normaliser", "label_map", "by_intersection", "by_predicted", "shift", "at_true")
+@kernel(
+    *("loss", "normaliser", "label_map", "by_intersection", "by_predicted"),
+    *("factor", "divisor", "shift", "at_true"),
+)
 def _slopes(
     logits,
+    loss,
     normaliser,
     label_map,
     weight,
     by_intersection,
     by_predicted,
+    factor,
+    divisor,
+    grad_loss,
     shift,
     at_true,
     stride_n,
@@ -254,59 +236,58 @@ def _slopes(
     down,
     across,
     kind: tl.constexpr,
-    rows: tl.constexpr,
-    cols: tl.constexpr,
+    tile: tl.constexpr,
 ):
     program = tl.program_id(0)
-    block_x = program % across
-    block_y = program // across % down
     image = (program // (across * down)).to(tl.int64)
-    x = tl.max_contiguous(block_x * cols + tl.arange(0, cols), 1)
-    inside_x = x < high_w
+    vertical, horizontal = cells_of(program, low_h, low_w, high_h, high_w, down, across, kind, tile)
+    cell_y, y_begin, y_end, height = vertical
+    cell_x, x_begin, x_end, width = horizontal
     logits += image * stride_n
     by_intersection += image * classes
     by_predicted += image * classes
-    axis_y = axis(low_h, high_h, kind.align_corners)
-    left = x * stride_x
-    right, above, below, weight_x = left, logits, logits, inside_x.to(tl.float32)
-    if kind.full:
-        y_begin = block_y * rows
-        y_end = tl.minimum(y_begin + rows, high_h)
-    else:
-        y_begin = begin(block_y, axis_y, high_h)
-        y_end = begin(block_y + 1, axis_y, high_h)
-        axis_x = axis(low_w, high_w, kind.align_corners)
-        cell = cell_of(x, axis_x)
-        weight_x = weight_in(cell, x, axis_x, low_w - 1)
-        left = tl.minimum(cell, low_w - 1) * stride_x
-        right = tl.minimum(cell + 1, low_w - 1) * stride_x
-        above = logits + block_y.to(tl.int64) * stride_y
-        below = logits + tl.minimum(block_y + 1, low_h - 1).to(tl.int64) * stride_y
-    for y_first in range(y_begin, y_end, rows):
-        y = y_first + tl.arange(0, rows)
-        inside = (y < y_end)[:, None] & inside_x[None, :]
-        tile = (image * high_h + y_first) * high_w
-        place = tl.arange(0, rows)[:, None] * high_w + x[None, :]
-        label = tl.load(label_map + tile + place, mask=inside, other=-1).to(tl.int32)
-        live = label >= 0
-        norm = tl.load(normaliser + tile + place, mask=live, other=0.0)
-        weight_y = (weight_in(block_y, y, axis_y, low_h - 1) * LOG2_E)[:, None]
-        mean = tl.full([rows, cols], 0.0, tl.float32)
-        true = tl.full([rows, cols], 0.0, tl.float32)
-        plane = tl.zeros([], tl.int64)
-        for c in range(classes):
-            if kind.full:
-                at = y.to(tl.int64)[:, None] * stride_y + x.to(tl.int64)[None, :] * stride_x
-                z = tl.load(logits + plane + at, mask=live, other=0.0).to(tl.float32) * LOG2_E
-            else:
-                z = _logit(above, below, left, right, plane, weight_x, weight_y)
-            plane += stride_c
-            p = tl.where(live, tl.exp2(z - norm), 0.0)
-            slope = tl.load(by_predicted + c)
-            mean += p * (2.0 * slope * p if kind.squared else slope)
-            true += tl.where(label == c, p * tl.load(by_intersection + c), 0.0)
-        scale = live.to(tl.float32)
-        if kind.weighted:
-            scale = tl.load(weight + tile + place, mask=live, other=0.0)
-        tl.store(shift + tile + place, -scale * (mean + true), mask=inside)
-        tl.store(at_true + tile + place, scale * true, mask=inside)
+    first = image * high_h * high_w
+    column = tl.arange(0, tile.cols) * (tile.lanes if kind.full else 1)
+    corners = corners_of(cell_y, cell_x, low_h, low_w, stride_y, stride_x)
+    if kind.pair:
+        step = tl.load(grad_loss).to(tl.float32) / tl.load(divisor)
+    for down_by in range(0, height, tile.rows):
+        y, weight_y = positions(
+            cell_y, y_begin, down_by + tl.arange(0, tile.rows), low_h, high_h, kind.align_corners
+        )
+        weight_y *= LOG2_E
+        for right_by in range(0, width, tile.cols):
+            x_first = x_begin + right_by
+            x, weight_x = positions(cell_x, x_first, column, low_w, high_w, kind.align_corners)
+            inside = (y < y_end[None, :])[:, None, :] & (x < x_end[None, :])[None, :, :]
+            at = y * high_w + x_first[None, :]
+            label = tl.load(pixels(label_map + first, at, column), mask=inside, other=-1)
+            label = label.to(tl.int32)
+            norm = tl.load(pixels(normaliser + first, at, column), mask=inside, other=0.0)
+            norm = tl.where(label >= 0, norm, float("inf"))
+            z_at = y.to(tl.int64)[:, None, :] * stride_y + x.to(tl.int64)[None, :, :] * stride_x
+            plane = logits
+            by = by_predicted
+            mean = tl.full([tile.rows, tile.cols, tile.lanes], 0.0, tl.float32)
+            for _ in range(classes):
+                p = probability(plane, corners, weight_y, weight_x, z_at, inside, norm, kind.full)
+                mean = tl.fma(p * p if kind.squared else p, tl.load(by), mean)
+                plane += stride_c
+                by += 1
+            if kind.squared:
+                mean *= 2.0
+            # What is ignored gets anything, which is never read.
+            pixel = tl.load(pixels(loss + first, at, column), mask=inside, other=0.0)
+            true = tl.exp2(-pixel * LOG2_E) * tl.load(by_intersection + tl.maximum(label, 0))
+            if kind.weighted:
+                scale = tl.load(pixels(weight + first, at, column), mask=inside, other=0.0)
+                mean *= scale
+                true *= scale
+            everywhere = -(mean + true)
+            if kind.pair:
+                kept = tl.load(pixels(factor + first, at, column), mask=inside, other=0.0)
+                kept = scaled(kept, step)
+                everywhere += kept
+                true -= kept
+            tl.store(pixels(shift + first, at, column), everywhere, mask=inside)
+            tl.store(pixels(at_true + first, at, column), true, mask=inside)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...errors import UserError
+from ...rule import OhemRule
 from . import geometry
-from .assembly import Code, Launch, Loop, launches, read, tool
+from .assembly import Code, Launch, Loop, launches, read, region_launches, tool
 
 
 class Machine(NamedTuple):
@@ -36,6 +37,9 @@ SHAPES = {
     "4x19x1024x1024/8": geometry.Sizes(4, 19, 128, 128, 1024, 1024),
     "16x150x512x512/4": geometry.Sizes(16, 150, 128, 128, 512, 512),
 }
+PLAIN = OhemRule(None, 1.0)
+# What is computed; None: the OHEM loss alone.
+STEPS = {"": None, ", OHEM and region": OhemRule(), ", plain CE and region": PLAIN}
 ASSUMPTIONS = """\
 Nothing here was measured on a GPU. Float32 logits, int64 labels, hits counted. A multiprocessor
 issues 4 warp instructions a clock and starts 16 exponentials; with w warps on a scheduler both take
@@ -44,16 +48,19 @@ with four warps and 1.45 to 1.6 with two). Each map crosses the memory once, at 
 copy; the backward pass reads its maps again for each tile of classes, from the L2 cache. A kernel
 takes the longest of the four, and 4.5 us for its launch. Every pixel is kept, which is the most
 that the backward pass can have to do. Floor idle: enough pixels are hard. Floor active: it is
-needed, and every pixel takes part in each of its steps."""
+needed, and every pixel takes part in each of its steps. Tiles of the region term have pixels of two
+labels. Only these kernels are counted: not the small operations of torch that turn the sums of the
+region term into its value, and their gradient."""
 _WAITING = 1.1
 _LAUNCH_US = 4.5
+_LABELS = 2.0
 # What each kernel moves through memory; a map that is read and written stands twice.
 _MOVED = {
     "forward": ("logits", "target", "loss", "normaliser", "label_map"),
     "count_digits": ("loss",),
-    "select": ("loss", "loss", "label_map", "label_map"),
+    "select": ("loss", "factor_map", "label_map", "label_map"),
     "sums": ("logits", "loss", "normaliser", "label_map", "parts"),
-    "slopes": ("logits", "normaliser", "label_map", "shift", "at_true"),
+    "slopes": ("logits", "loss", "normaliser", "label_map", "shift", "at_true"),
     "backward": ("logits", "grad", "factor", "normaliser", "label_map", "target"),
 }
 
@@ -64,7 +71,7 @@ class Row:
 
     Attributes:
         kernel: Its name.
-        shape: Images x classes x rows x columns of the labels / stride of the logits.
+        shape: Images x classes x rows x columns of the labels / stride of the logits; and the step.
         floor: 'idle' or 'active'.
         machine: Compute capability and name.
         programs: Number of programs.
@@ -159,6 +166,10 @@ def _bytes(launch: Launch, sizes: geometry.Sizes, active: bool) -> tuple[float, 
     names = _MOVED.get(launch.base.removesuffix("_full"), ())
     if launch.base.startswith("backward") and launch.arguments["kind"].overlap:
         names = (*names, "at_true")  # otherwise ``factor`` stands there once more
+    if launch.base == "select" and launch.arguments["rule"].apart:
+        names = names[:-1]  # labels are read alone
+    if launch.base == "slopes" and launch.arguments["kind"].pair:
+        names = (*names, "factor")
     values = [launch.arguments[name] for name in names if name in launch.arguments]
     sums = [float(v.nbytes) for v in values if isinstance(v, Tensor)]
     if launch.base == "count_digits" and not _runs(launch, active):
@@ -183,8 +194,17 @@ def _trips(launch: Launch, sizes: geometry.Sizes, active: bool) -> list[float]:
     own = launch.arguments
     programs = math.prod(launch.grid)
     scale_y, scale_x = sizes.high_h / sizes.low_h, sizes.high_w / sizes.low_w
-    if launch.base in ("forward", "sums", "slopes"):
+    if launch.base == "forward":
         return [1 if sizes.full else max(1, scale_y / own["rows"]), sizes.classes]
+    if launch.base in ("sums", "slopes"):
+        if sizes.full:
+            return [1, 1, sizes.classes]
+        rows, cols, wide, lanes = own["tile"]
+        return [
+            _mean_tiles(sizes.low_h, scale_y, lanes // wide, rows),
+            _mean_tiles(sizes.low_w, scale_x, wide, cols),
+            sizes.classes,
+        ]
     if launch.base == "backward":
         # Cell 0 also has the pixels before its first column, and its neighbours wait for it.
         across = geometry.cdiv(sizes.low_w, own["cells"] - 1)
@@ -200,6 +220,12 @@ def _trips(launch: Launch, sizes: geometry.Sizes, active: bool) -> list[float]:
     return [math.ceil(number / own["block"])] if "block" in own else []
 
 
+def _mean_tiles(low: int, scale: float, cells: int, step: int) -> float:
+    """Tiles of a program along one axis; cell 0 also has the pixels before its first column."""
+    programs = geometry.cdiv(low, cells)
+    return ((programs - 1) * math.ceil(scale / step) + math.ceil(1.5 * scale / step)) / programs
+
+
 def _turns(loop: Loop, trips: list[float], launch: Launch) -> tuple[float, float]:
     """Instructions and exponentials of one turn of a loop, with those inside."""
     own, exponentials = float(loop.own), float(loop.exponentials)
@@ -209,25 +235,38 @@ def _turns(loop: Loop, trips: list[float], launch: Launch) -> tuple[float, float
         if not inside.inside and inside.exponentials:
             # The compiler may have unrolled it.
             tile = launch.arguments.get("class_tile", 0)
+            if "tile" in launch.arguments:
+                tile = launch.arguments["tile"].rows * launch.arguments["tile"].cols
             each = tile or launch.arguments["rows"] * launch.arguments["cols"] // 32
             turns /= max(1.0, inside.exponentials / each)
         own, exponentials = own + turns * part, exponentials + turns * powers
-        trips = [1.0] * len(trips)  # what stands beside the main loop turns once
+        # What stands beside the main loop turns once.
+        trips = [_LABELS if launch.base == "sums" else 1.0] * len(trips)
     return own, exponentials
 
 
 def report(
     capabilities: Iterable[int] = tuple(MACHINES), shapes: Mapping[str, geometry.Sizes] = SHAPES
 ) -> list[Row]:
-    """Compile all kernels for all machines and shapes, with an idle and with an active floor."""
+    """Compile all kernels for all machines and shapes, with an idle and with an active floor.
+
+    Rows of steps with the region term, beside OHEM or beside plain cross-entropy, say so behind
+    their shape.
+    """
     rows = []
     for capability in capabilities:
         for shape, sizes in shapes.items():
-            found = launches(sizes, processors=MACHINES[capability].processors)
-            codes = [read(launch.compile(capability)) for launch in found]
-            for active in (False, True):
-                rows += [
-                    describe(launch, code, sizes, shape, capability, active)
-                    for launch, code in zip(found, codes, strict=True)
-                ]
+            processors = MACHINES[capability].processors
+            for step, rule in STEPS.items():
+                if rule is None:
+                    found = launches(sizes, processors=processors)
+                else:
+                    found = region_launches(sizes, rule=rule, processors=processors)
+                codes = [read(launch.compile(capability)) for launch in found]
+                # Plain cross-entropy has no floor.
+                for active in (False,) if rule == PLAIN else (False, True):
+                    rows += [
+                        describe(launch, code, sizes, shape + step, capability, active)
+                        for launch, code in zip(found, codes, strict=True)
+                    ]
     return rows

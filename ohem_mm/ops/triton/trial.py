@@ -15,24 +15,22 @@ from torch import Tensor
 from ...mining import keep_pixels
 from ...rule import OhemRule, Pool
 from ..portable import banded_cross_entropy
-from ..portable_region import banded_class_sums
-from ..region import Overlap
 from .geometry import Tiling
 
 # Relative error of the gradient; the loss is float32 whatever the logits are.
-_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 2e-4}
-_LOSS_TOLERANCE = 1e-4
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 2e-4}
+LOSS_TOLERANCE = 1e-4
 # Sizes such that each kernel runs in several programs, some of which are not filled, and visits
 # several tiles and rows in each.
-_LOW, _SIZE = (3, 40), (16, 130)
-_TILING = Tiling(walk=2, programs=4)
+LOW, SIZE = (3, 40), (16, 130)
+TILING = Tiling(walk=2, programs=4)
 
 
 class UndecidedError(RuntimeError):
     """A trial could not be held here and now; the next may be."""
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
     """One comparison: logits of full size or not, pool of the floor, and whether it is needed."""
 
     full: bool
@@ -41,10 +39,10 @@ class _Case(NamedTuple):
 
 
 _CASES = (
-    _Case(False, "batch", True),
-    _Case(False, "batch", False),
-    _Case(False, "class", True),
-    _Case(True, "image", True),
+    Case(False, "batch", True),
+    Case(False, "batch", False),
+    Case(False, "class", True),
+    Case(True, "image", True),
 )
 
 
@@ -73,44 +71,16 @@ def trial(
 
     def compare() -> str | None:
         for case in _CASES:
-            low = _SIZE if case.full else _LOW
+            low = SIZE if case.full else LOW
             trouble = _compare(ohem, device, dtype, channels, use_sigmoid, low, case)
             if trouble:
-                return f"{trouble} (floor of a {case.pool}, {low} to {_SIZE})"
+                return f"{trouble} (floor of a {case.pool}, {low} to {SIZE})"
         return None
 
-    return _hold(compare, device)
+    return hold(compare, device)
 
 
-def sums_trial(
-    class_sums: Callable[..., Any], device: torch.device, dtype: torch.dtype, channels: int
-) -> str | None:
-    """The same of :func:`ohem_mm.ops.triton.class_sums`.
-
-    Args:
-        class_sums: What is tried; it takes a ``tiling`` as well.
-        device: Where to run.
-        dtype: Of the logits: float16, bfloat16 or float32.
-        channels: Number of channels of the logits.
-
-    Returns:
-        What is wrong, to be put behind the name of the path, or None.
-
-    Raises:
-        UndecidedError: As :func:`trial`.
-    """
-
-    def compare() -> str | None:
-        for low, squared in ((_LOW, False), (_LOW, True), (_SIZE, False)):
-            trouble = _compare_sums(class_sums, device, dtype, channels, low, squared)
-            if trouble:
-                return f"{trouble} ({'squares with weights, ' if squared else ''}{low} to {_SIZE})"
-        return None
-
-    return _hold(compare, device)
-
-
-def _hold(compare: Callable[[], str | None], device: torch.device) -> str | None:
+def hold(compare: Callable[[], str | None], device: torch.device) -> str | None:
     """Run a comparison whatever modes are on, and say what it raised."""
     try:
         with (
@@ -119,6 +89,9 @@ def _hold(compare: Callable[[], str | None], device: torch.device) -> str | None
             torch.autocast(device.type, enabled=False),
             torch.autocast("cpu", enabled=False),
         ):
+            plain = torch.empty(0, device="cpu")
+            if type(plain) is not Tensor:
+                raise UndecidedError(f"tensors are {type(plain).__name__} here")
             return compare()
     except (torch.OutOfMemoryError, UndecidedError) as error:
         raise UndecidedError(f"could not be tried on {device}: {_first_line(error)}") from error
@@ -137,11 +110,8 @@ def _compare(
     channels: int,
     use_sigmoid: bool,
     low: tuple[int, int],
-    case: _Case,
+    case: Case,
 ) -> str | None:
-    plain = torch.empty(0, device="cpu")
-    if type(plain) is not Tensor:
-        raise UndecidedError(f"tensors are {type(plain).__name__} here")
     start, target = make_problem(channels, use_sigmoid, low)
     start = start.to(dtype)
     exact = start.double().requires_grad_()
@@ -163,7 +133,7 @@ def _compare(
         None,
         rule=rule,
         ignore_index=255,
-        size=_SIZE,
+        size=SIZE,
         align_corners=False,
         use_sigmoid=use_sigmoid,
         label_smoothing=0.0,
@@ -171,70 +141,16 @@ def _compare(
         class_weight=None,
         reduction="mean",
         with_hits=True,
-        tiling=_TILING,
+        tiling=TILING,
     )
     (grad,) = torch.autograd.grad(loss, logits)
-    if not math.isclose(loss.item(), expected.item(), rel_tol=_LOSS_TOLERANCE):
+    if not math.isclose(loss.item(), expected.item(), rel_tol=LOSS_TOLERANCE):
         return f"finds a loss of {loss.item()} instead of {expected.item()}"
     error = float((grad.cpu().double() - expected_grad).abs().max())
-    if not error <= _TOLERANCE[dtype] * float(expected_grad.abs().max()):
+    if not error <= TOLERANCE[dtype] * float(expected_grad.abs().max()):
         return f"finds another gradient than portable, by {error:.2g}"
     if int(num_valid) != int(valid.sum()):
         return f"finds {int(num_valid)} valid pixels instead of {int(valid.sum())}"
-    if expected_hits is None or abs(int(hits) - int(expected_hits)) > 1:
-        return f"finds {int(hits)} correct pixels instead of {expected_hits}"
-    return None
-
-
-def _compare_sums(
-    class_sums: Callable[..., Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    channels: int,
-    low: tuple[int, int],
-    squared: bool,
-) -> str | None:
-    plain = torch.empty(0, device="cpu")
-    if type(plain) is not Tensor:
-        raise UndecidedError(f"tensors are {type(plain).__name__} here")
-    start, target = make_problem(channels, False, low)
-    start = start.to(dtype)
-    exact = start.double().requires_grad_()
-    overlap = Overlap(squared=squared)
-    # Weights are a variant of the kernels, as squares are; one case has both.
-    weight = None
-    if squared:
-        weight = torch.linspace(0, 2, target.numel(), device="cpu").view(target.shape)
-    expected, expected_hits = banded_class_sums(
-        exact, target, target != 255, weight, overlap, count_hits=True
-    )
-    # Any function of the sums in which each of them has a share of its own.
-    factors = torch.linspace(-1, 2, 2 * channels, dtype=torch.float64, device="cpu").view(2, -1)
-
-    def function(intersection: Tensor, predicted: Tensor) -> Tensor:
-        weights = factors.to(intersection.device)
-        return (intersection * weights[0] + predicted * weights[1]).sum()
-
-    (expected_grad,) = torch.autograd.grad(function(*expected[:2]), exact)
-    logits = start.to(device).requires_grad_()
-    sums, hits = class_sums(
-        logits,
-        target.to(device),
-        None if weight is None else weight.to(device),
-        overlap,
-        ignore_index=255,
-        align_corners=False,
-        with_hits=True,
-        tiling=_TILING,
-    )
-    (grad,) = torch.autograd.grad(function(*sums[:2]), logits)
-    for name, found, wanted in zip(sums._fields, sums, expected, strict=True):
-        error = float((found.cpu() - wanted).detach().abs().max())
-        if not error <= _LOSS_TOLERANCE * float(wanted.detach().abs().max()):
-            return f"finds another {name} than portable, by {error:.2g}"
-    error = float((grad.cpu().double() - expected_grad).abs().max())
-    if not error <= _TOLERANCE[dtype] * float(expected_grad.abs().max()):
-        return f"finds another gradient of sums than portable, by {error:.2g}"
     if expected_hits is None or abs(int(hits) - int(expected_hits)) > 1:
         return f"finds {int(hits)} correct pixels instead of {expected_hits}"
     return None
@@ -256,18 +172,18 @@ def make_problem(channels: int, use_sigmoid: bool, low: tuple[int, int]) -> tupl
     generator = torch.Generator(cpu).manual_seed(0)
     labels = max(2, channels) if use_sigmoid else channels
     logits = 2 * torch.randn(2, channels, *low, generator=generator, device=cpu)
-    target = torch.randint(labels, (2, *_SIZE), generator=generator, device=cpu)
+    target = torch.randint(labels, (2, *SIZE), generator=generator, device=cpu)
     zeros = torch.zeros(2, *low, dtype=torch.int64, device=cpu)
     losses, *_ = banded_cross_entropy(logits, zeros, zeros == 0, use_sigmoid=use_sigmoid)
     place = int(losses[0].flatten().sort().indices[low[0] * low[1] * 6 // 7])
     begin, end = low[1] // 4, low[1] // 2
     logits[:, :, :, begin:end] = logits[0].flatten(1)[:, place].clone()[None, :, None, None]
-    target[:, :, _SIZE[1] * begin // low[1] : _SIZE[1] * end // low[1]] = 0
+    target[:, :, SIZE[1] * begin // low[1] : SIZE[1] * end // low[1]] = 0
     target[0, :3] = 255
     return logits, target
 
 
-def make_rule(mined: Tensor, target: Tensor, valid: Tensor, labels: int, case: _Case) -> OhemRule:
+def make_rule(mined: Tensor, target: Tensor, valid: Tensor, labels: int, case: Case) -> OhemRule:
     """A rule whose choice does not hang on rounding.
 
     Args:
