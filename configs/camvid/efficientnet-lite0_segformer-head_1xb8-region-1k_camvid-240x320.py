@@ -1,6 +1,6 @@
 _base_ = "./efficientnet-lite0_segformer-head_1xb8-1k_camvid-240x320.py"
-# Cross-entropy over all valid pixels (mining off), and Dice of each class present in the batch, 1 : 1. The
-# weights are those measured on CamVid (one seed); to be confirmed.
+# Cross-entropy over all valid pixels (mining off), and Dice of each class present in the batch, 1 : 1.
+# 0.25 : 0.75 measured as well, see README.md.
 model = dict(
     decode_head=dict(
         loss_decode=[
