@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 kernels = pytest.importorskip("ohem_mm.ops.triton")
 geometry = pytest.importorskip("ohem_mm.ops.triton.geometry")
 trial = pytest.importorskip("ohem_mm.ops.triton.trial")
+trial_region = pytest.importorskip("ohem_mm.ops.triton.trial_region")
 
 # Several programs, tiles and overlaps even on tiny maps.
 SMALL = geometry.Tiling(tile=32, cells=4, classes=4, block=64, programs=4, walk=2)
@@ -233,7 +234,7 @@ def test_the_trial_finds_a_planted_fault(small_trial, name):
     def faulty(*args, **options):
         return FAULTS[name](*kernels.class_sums(*args, **options))
 
-    found = trial.sums_trial(faulty, torch.device(DEVICE), torch.float32, 3)
+    found = trial_region.sums_trial(faulty, torch.device(DEVICE), torch.float32, 3)
     assert name in found
 
 
@@ -242,7 +243,7 @@ def test_the_trial_finds_weights_that_are_lost(small_trial):
     def faulty(logits, target, weight, *args, **options):
         return kernels.class_sums(logits, target, None, *args, **options)
 
-    found = trial.sums_trial(faulty, torch.device(DEVICE), torch.float32, 3)
+    found = trial_region.sums_trial(faulty, torch.device(DEVICE), torch.float32, 3)
     assert "squares with weights" in found
 
 
