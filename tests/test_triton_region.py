@@ -107,7 +107,7 @@ def test_dtypes_and_many_classes(dtype):
 
 
 @runs
-@pytest.mark.parametrize("low", [(2, 3), (7, 10)])
+@pytest.mark.parametrize("low", [pytest.param((2, 3), marks=pytest.mark.slow), (7, 10)])
 def test_what_is_not_finite(low):
     logits, target = problem(low=low)
     rule = RegionRule()
@@ -151,6 +151,7 @@ def test_no_cell_is_longer_than_the_bound(align_corners):
             assert rows <= geometry._longest(low, high)
 
 
+@pytest.mark.slow
 @runs
 def test_two_runs_give_the_same_bits():
     logits, target = problem()
@@ -269,10 +270,10 @@ PLAIN = OhemRule(None, 1.0)
 @pytest.mark.parametrize(
     ("low", "size", "rule", "squared", "weighted", "reduction"),
     [
-        ((2, 3), (7, 10), OhemRule(), False, False, "mean"),
+        pytest.param((2, 3), (7, 10), OhemRule(), False, False, "mean", marks=pytest.mark.slow),
         ((3, 7), (4, 15), OhemRule(0.1, 30, "image"), True, True, "mean"),
         ((4, 5), (4, 5), OhemRule(0.2, 0.5, "class", avg="valid"), False, True, "sum"),
-        ((2, 3), (7, 10), PLAIN, False, False, "mean"),
+        pytest.param((2, 3), (7, 10), PLAIN, False, False, "mean", marks=pytest.mark.slow),
     ],
 )
 def test_a_pair_equals_the_oracle(low, size, rule, squared, weighted, reduction):
@@ -341,6 +342,7 @@ def test_a_pair_with_what_is_not_finite():
     assert all(value.isnan().any() for value in run())
 
 
+@pytest.mark.slow
 @runs
 def test_a_pair_has_one_pass_each_way(monkeypatch):
     monkeypatch.setenv("OHEM_MM_BACKEND", "triton")

@@ -140,7 +140,7 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_the_compiler_takes_every_kernel(cache, capability):
     launches = []
     combinations = list(itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 19)))
@@ -217,7 +217,7 @@ REGION_CEILINGS = {
 
 
 @pytest.mark.parametrize("shape", report.SHAPES)
-@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("squared", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("rule", [None, OhemRule()], ids=["alone", "pair"])
 def test_the_region_term_stays_below_its_ceilings(cache, shape, squared, rule):
     if assembly.tool("cuobjdump") is None:
@@ -247,6 +247,7 @@ def test_a_pair_has_one_pass_each_way_and_plain_cross_entropy_no_floor():
     assert alone == ["forward", "select", "finish", "backward"]
 
 
+@pytest.mark.slow
 def test_the_model_meets_its_aims(cache):
     if report.missing():
         pytest.skip("needs cuobjdump, which lies inside the wheel of Triton")
