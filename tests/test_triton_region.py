@@ -426,9 +426,9 @@ PLANTED = {
     "one place for all tiles": ("region", "            out += 1\n", "            out += 0\n"),
     "first label of a tile alone": ("region", "c = highest(label)\n\n", "c = -1\n\n"),
     "ignored pixels summed": (
-        "region",
-        "norm = tl.where(label >= 0, norm",
-        "norm = tl.where(label >= -1, norm",
+        "cells",
+        "tl.where(label >= 0, norm",
+        "tl.where(label >= -1, norm",
     ),
     "squares not squared": ("region", "p *= p", "p *= 1.0"),
     "mean of squares halved": ("region", "mean *= 2.0", "mean *= 1.0"),

@@ -23,7 +23,7 @@ from . import trial_region as _trial_region
 from .inner import triton
 from .operator import kept_ohem
 from .overlap import Call, Overlapping
-from .passes import Settings, backward_pass, forward_pass, sizes_of
+from .passes import PLAIN, Settings, backward_pass, forward_pass, sizes_of
 from .trial import UndecidedError
 
 __all__ = [
@@ -274,9 +274,7 @@ def class_sums(
         raise ValueError(f"triton {reason}.")
     if weight is not None:
         weight = weight.float().contiguous()
-    plain = Settings(
-        OhemRule(None, 1.0), align_corners, False, 0.0, ignore_index, "mean", with_hits, tiling
-    )
+    plain = Settings(PLAIN, align_corners, False, 0.0, ignore_index, "mean", with_hits, tiling)
     call = Call(
         sizes_of(logits, target.shape[1:]),
         overlap,

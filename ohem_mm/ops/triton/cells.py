@@ -96,6 +96,14 @@ def pixels(base, at, column):
 
 
 @jit
+def labelled(label_map, normaliser, at, column, inside):
+    """Labels of the pixels of a tile, -1 where ignored, and normalisers, infinite there."""
+    label = tl.load(pixels(label_map, at, column), mask=inside, other=-1).to(tl.int32)
+    norm = tl.load(pixels(normaliser, at, column), mask=inside, other=0.0)
+    return label, tl.where(label >= 0, norm, float("inf"))
+
+
+@jit
 def total(values):
     """Sum of a tile: within a thread first, so that one number of each crosses threads."""
     return tl.sum(tl.sum(tl.sum(values, 0), 0), 0)

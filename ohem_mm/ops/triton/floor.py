@@ -55,19 +55,14 @@ def make_state(logits: Tensor, labels: int, rule: OhemRule) -> State:
     return State(state, *parts)
 
 
-def keeps_all(rule: OhemRule) -> bool:
-    """Whether the floor keeps every valid pixel: mining is off."""
-    return isinstance(rule.min_kept, float) and rule.min_kept == 1
-
-
 def has_floor(rule: OhemRule) -> bool:
     """Whether a k-th largest loss may have to be found."""
-    return bool(rule.min_kept) and not keeps_all(rule)
+    return bool(rule.min_kept) and not rule.keeps_all
 
 
 def limit_of(rule: OhemRule) -> float:
     """Loss above which a pixel is hard; without a threshold, the largest that is finite."""
-    if keeps_all(rule):
+    if rule.keeps_all:
         return -1.0
     # 0.0 < limit for thresh = 1 is meant: there every loss above 0 is hard.
     return _LARGEST if rule.thresh is None else max(0.0, -math.log(rule.thresh))

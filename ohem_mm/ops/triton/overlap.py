@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..region import Overlap, refuse_graph
-from . import backward, floor, forward, geometry, mining, passes, region
+from . import backward, forward, geometry, mining, passes, region
 from .inner import Kind
 
 
@@ -65,22 +65,10 @@ class Overlapping(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor | None, ...]:
         """Launch the kernels of the forward pass."""
-        sizes, settings, rule = call.sizes, call.settings, call.settings.rule
-        kind = settings.kind(sizes)
+        sizes, settings = call.sizes, call.settings
         mined: mining.Result | None = None
         with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-            state = floor.make_state(logits, sizes.classes, rule)
-            maps = forward.run(
-                logits,
-                target.contiguous(),
-                sizes,
-                kind,
-                ignore_index=settings.ignore_index,
-                smoothing=0.0,
-                limit=floor.limit_of(rule),
-                state=state.all,
-                plan=geometry.forward(sizes, settings.tiling),
-            )
+            maps, state = passes.pixel_losses(logits, target, sizes, settings)
             sums = region.sums(
                 logits, maps, weight, sizes, call.kind, geometry.region(sizes, settings.tiling)
             )
@@ -92,8 +80,8 @@ class Overlapping(torch.autograd.Function):
                     class_weight,
                     None,
                     sizes,
-                    kind,
-                    rule,
+                    settings.kind(sizes),
+                    settings.rule,
                     settings.reduction,
                     plan=geometry.mining(sizes, settings.tiling),
                     apart=True,

@@ -13,6 +13,9 @@ from ...rule import OhemRule
 from . import backward, floor, forward, geometry, mining
 from .inner import Kind
 
+# Plain cross-entropy: every pixel is kept, and nothing is searched.
+PLAIN = OhemRule(None, 1.0)
+
 
 class Settings(NamedTuple):
     """What the passes need to know besides tensors; see :func:`ohem_mm.ops.triton.ohem`."""
@@ -54,6 +57,26 @@ class Passed(NamedTuple):
     divisor: Tensor
 
 
+def pixel_losses(
+    logits: Tensor, target: Tensor, sizes: geometry.Sizes, settings: Settings
+) -> tuple[forward.Maps, floor.State]:
+    """What the forward kernel leaves of each pixel, and the state of the search for the floor."""
+    kind, rule = settings.kind(sizes), settings.rule
+    state = floor.make_state(logits, 2 if kind.single else sizes.classes, rule)
+    maps = forward.run(
+        logits,
+        target.contiguous(),
+        sizes,
+        kind,
+        ignore_index=settings.ignore_index,
+        smoothing=settings.smoothing,
+        limit=floor.limit_of(rule),
+        state=state.all,
+        plan=geometry.forward(sizes, settings.tiling),
+    )
+    return maps, state
+
+
 def forward_pass(
     logits: Tensor,
     target: Tensor,
@@ -64,20 +87,8 @@ def forward_pass(
 ) -> Passed:
     """Losses, mining and their mean; see :func:`ohem_mm.ops.triton.ohem`."""
     sizes = sizes_of(logits, target.shape[1:])
-    kind, rule = settings.kind(sizes), settings.rule
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        state = floor.make_state(logits, 2 if kind.single else sizes.classes, rule)
-        maps = forward.run(
-            logits,
-            target.contiguous(),
-            sizes,
-            kind,
-            ignore_index=settings.ignore_index,
-            smoothing=settings.smoothing,
-            limit=floor.limit_of(rule),
-            state=state.all,
-            plan=geometry.forward(sizes, settings.tiling),
-        )
+        maps, state = pixel_losses(logits, target, sizes, settings)
         result = mining.run(
             maps,
             state,
@@ -85,8 +96,8 @@ def forward_pass(
             class_weight,
             avg_factor,
             sizes,
-            kind,
-            rule,
+            settings.kind(sizes),
+            settings.rule,
             settings.reduction,
             plan=geometry.mining(sizes, settings.tiling),
         )

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .cells import cells_of, corners_of, highest, pixels, positions, probability, total
+from .cells import (
+    cells_of,
+    corners_of,
+    highest,
+    labelled,
+    pixels,
+    positions,
+    probability,
+    total,
+)
 from .forward import Maps
 from .inner import LOG2_E, Kind, kernel, options, scaled, tl
 
@@ -175,10 +184,7 @@ def _sums(
             x, weight_x = positions(cell_x, x_first, column, low_w, high_w, kind.align_corners)
             inside = (y < y_end[None, :])[:, None, :] & (x < x_end[None, :])[None, :, :]
             at = y * high_w + x_first[None, :]
-            label = tl.load(pixels(label_map + first, at, column), mask=inside, other=-1)
-            label = label.to(tl.int32)
-            norm = tl.load(pixels(normaliser + first, at, column), mask=inside, other=0.0)
-            norm = tl.where(label >= 0, norm, float("inf"))
+            label, norm = labelled(label_map + first, normaliser + first, at, column, inside)
             scale = tl.full([tile.rows, tile.cols, tile.lanes], 1.0, tl.float32)
             if kind.weighted:
                 scale = tl.load(pixels(weight + first, at, column), mask=label >= 0, other=0.0)
@@ -261,10 +267,7 @@ def _slopes(
             x, weight_x = positions(cell_x, x_first, column, low_w, high_w, kind.align_corners)
             inside = (y < y_end[None, :])[:, None, :] & (x < x_end[None, :])[None, :, :]
             at = y * high_w + x_first[None, :]
-            label = tl.load(pixels(label_map + first, at, column), mask=inside, other=-1)
-            label = label.to(tl.int32)
-            norm = tl.load(pixels(normaliser + first, at, column), mask=inside, other=0.0)
-            norm = tl.where(label >= 0, norm, float("inf"))
+            label, norm = labelled(label_map + first, normaliser + first, at, column, inside)
             z_at = y.to(tl.int64)[:, None, :] * stride_y + x.to(tl.int64)[None, :, :] * stride_x
             plane = logits
             by = by_predicted

@@ -14,6 +14,7 @@ from ...errors import UserError
 from ...rule import OhemRule
 from . import geometry
 from .assembly import Code, Launch, Loop, launches, read, region_launches, tool
+from .passes import PLAIN
 
 
 class Machine(NamedTuple):
@@ -37,7 +38,6 @@ SHAPES = {
     "4x19x1024x1024/8": geometry.Sizes(4, 19, 128, 128, 1024, 1024),
     "16x150x512x512/4": geometry.Sizes(16, 150, 128, 128, 512, 512),
 }
-PLAIN = OhemRule(None, 1.0)
 # What is computed; None: the OHEM loss alone.
 STEPS = {"": None, ", OHEM and region": OhemRule(), ", plain CE and region": PLAIN}
 ASSUMPTIONS = """\

@@ -144,16 +144,41 @@ def _compare(
         tiling=TILING,
     )
     (grad,) = torch.autograd.grad(loss, logits)
-    if not math.isclose(loss.item(), expected.item(), rel_tol=LOSS_TOLERANCE):
-        return f"finds a loss of {loss.item()} instead of {expected.item()}"
-    error = float((grad.cpu().double() - expected_grad).abs().max())
-    if not error <= TOLERANCE[dtype] * float(expected_grad.abs().max()):
-        return f"finds another gradient than portable, by {error:.2g}"
-    if int(num_valid) != int(valid.sum()):
-        return f"finds {int(num_valid)} valid pixels instead of {int(valid.sum())}"
-    if expected_hits is None or abs(int(hits) - int(expected_hits)) > 1:
-        return f"finds {int(hits)} correct pixels instead of {expected_hits}"
-    return None
+    return (
+        wrong_loss(loss, expected)
+        or wrong_gradient(grad, expected_grad)
+        or wrong_number(num_valid, valid)
+        or wrong_hits(hits, expected_hits)
+    )
+
+
+def wrong_loss(found: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with a loss, or None."""
+    if math.isclose(found.item(), expected.item(), rel_tol=LOSS_TOLERANCE):
+        return None
+    return f"finds a loss of {found.item()} instead of {expected.item()}"
+
+
+def wrong_gradient(found: Tensor, expected: Tensor, of: str = "") -> str | None:
+    """What is wrong with a gradient ``of`` something, or None."""
+    error = float((found.cpu().double() - expected).abs().max())
+    if error <= TOLERANCE[found.dtype] * float(expected.abs().max()):
+        return None
+    return f"finds another gradient{of} than portable, by {error:.2g}"
+
+
+def wrong_number(found: Tensor, valid: Tensor) -> str | None:
+    """What is wrong with the number of valid pixels, or None."""
+    if int(found) == int(valid.sum()):
+        return None
+    return f"finds {int(found)} valid pixels instead of {int(valid.sum())}"
+
+
+def wrong_hits(found: Tensor, expected: Tensor | None) -> str | None:
+    """What is wrong with the number of correct pixels, or None."""
+    if expected is not None and abs(int(found) - int(expected)) <= 1:
+        return None
+    return f"finds {int(found)} correct pixels instead of {expected}"
 
 
 def make_problem(channels: int, use_sigmoid: bool, low: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,17 @@ from ..portable import banded_cross_entropy
 from ..portable_region import banded_class_sums
 from ..region import Overlap, Sums
 from . import trial
-from .trial import LOSS_TOLERANCE, TOLERANCE, Case, hold, make_problem, make_rule
+from .trial import (
+    LOSS_TOLERANCE,
+    Case,
+    hold,
+    make_problem,
+    make_rule,
+    wrong_gradient,
+    wrong_hits,
+    wrong_loss,
+    wrong_number,
+)
 
 # What the loss adds to a function of the sums.
 _SHARE = 30.0
@@ -114,7 +123,11 @@ def _compare_sums(
         tiling=trial.TILING,
     )
     (grad,) = torch.autograd.grad(_function(sums), logits)
-    return _wrong_sums(sums, expected, hits, expected_hits) or _wrong_gradient(grad, expected_grad)
+    return (
+        _wrong_sums(sums, expected)
+        or wrong_hits(hits, expected_hits)
+        or wrong_gradient(grad, expected_grad, " of sums")
+    )
 
 
 def _compare_pair(
@@ -155,11 +168,13 @@ def _compare_pair(
         tiling=trial.TILING,
     )
     (grad,) = torch.autograd.grad(_function(sums) + _SHARE * loss, logits)
-    if not math.isclose(loss.item(), expected_loss.item(), rel_tol=LOSS_TOLERANCE):
-        return f"finds a loss of {loss.item()} instead of {expected_loss.item()}"
-    if int(num_valid) != int(valid.sum()):
-        return f"finds {int(num_valid)} valid pixels instead of {int(valid.sum())}"
-    return _wrong_sums(sums, expected, hits, expected_hits) or _wrong_gradient(grad, expected_grad)
+    return (
+        wrong_loss(loss, expected_loss)
+        or wrong_number(num_valid, valid)
+        or _wrong_sums(sums, expected)
+        or wrong_hits(hits, expected_hits)
+        or wrong_gradient(grad, expected_grad, " of sums")
+    )
 
 
 def _function(sums: Sums) -> Tensor:
@@ -172,20 +187,9 @@ def _function(sums: Sums) -> Tensor:
     return total
 
 
-def _wrong_sums(
-    sums: Sums, expected: Sums, hits: Tensor, expected_hits: Tensor | None
-) -> str | None:
+def _wrong_sums(sums: Sums, expected: Sums) -> str | None:
     for name, found, wanted in zip(sums._fields, sums, expected, strict=True):
         error = float((found.cpu() - wanted).detach().abs().max())
         if not error <= LOSS_TOLERANCE * float(wanted.detach().abs().max()):
             return f"finds another {name} than portable, by {error:.2g}"
-    if expected_hits is None or abs(int(hits) - int(expected_hits)) > 1:
-        return f"finds {int(hits)} correct pixels instead of {expected_hits}"
-    return None
-
-
-def _wrong_gradient(grad: Tensor, expected: Tensor) -> str | None:
-    error = float((grad.cpu().double() - expected).abs().max())
-    if not error <= TOLERANCE[grad.dtype] * float(expected.abs().max()):
-        return f"finds another gradient of sums than portable, by {error:.2g}"
     return None
