@@ -21,14 +21,7 @@ from ohem_mm.hooks._losses import unwrap
 
 
 def read(file: str) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
-
-    Args:
-        file: A path, or an address that mmengine loads from.
-
-    Raises:
-        UserError: There is no such file, or it is empty, cut off or no checkpoint.
-    """
+    """The content of a checkpoint, a path or an address that mmengine loads from, on the CPU."""
     cli.check_checkpoint(file)
     path = Path(file).expanduser()
     if path.is_file() and path.stat().st_size == 0:
@@ -47,18 +40,9 @@ def read(file: str) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, file: str, *, to_train: bool = False) -> dict[str, Any]:
-    """Load the weights of a checkpoint into a model.
+    """Load the weights of a checkpoint into a model, wrapped or not, and return its content.
 
-    Args:
-        model: A segmentor; wrapped, as for several processes or test-time augmentation, or not.
-        file: The checkpoint.
-        to_train: Whether auxiliary heads must fit too, and nothing may be left over.
-
-    Returns:
-        The content of the checkpoint.
-
-    Raises:
-        UserError: It cannot be read, or does not fit the model.
+    ``to_train`` asks that auxiliary heads fit too, and that nothing is left over.
     """
     content = read(file)
     model = unwrap(model)
@@ -103,13 +87,8 @@ def find_resume(work_dir: str) -> str | None:
     """The checkpoint from which training goes on.
 
     mmengine keeps its whole path in ``last_checkpoint``. Where that is empty, the work dir was
-    moved, or the file is cut off, the latest whole checkpoint in the work dir is taken.
-
-    Returns:
-        Its path; None when there is no checkpoint yet.
-
-    Raises:
-        UserError: ``last_checkpoint`` names one, and neither it nor any other is there.
+    moved, or the file is cut off, the latest whole checkpoint in the work dir is taken. None when
+    there is no checkpoint yet.
     """
     folder, marker = Path(work_dir), Path(work_dir, "last_checkpoint")
     named = marker.read_text().strip() if marker.is_file() else ""
@@ -132,11 +111,7 @@ def find_resume(work_dir: str) -> str | None:
 
 
 def check_resume(cfg: Config, model: nn.Module, file: str) -> None:
-    """Check that training can go on from a checkpoint, and say when nothing is left to train.
-
-    Raises:
-        UserError: It cannot be read, does not fit the model, or has weights alone.
-    """
+    """Check that training can go on from a checkpoint, and say when nothing is left to train."""
     meta = load_weights(model, file, to_train=True).get("meta") or {}
     if not {"iter", "epoch"} <= meta.keys():
         raise cli.UserError(

@@ -1,4 +1,4 @@
-"""Checks of a config before anything is built: a mistake ends in one sentence."""
+"""Checks of a config before anything is built: a mistake ends in one sentence, a UserError."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 
+import ohem_mm
+from ohem_mm import hooks
 from ohem_mm.cli.configs import iter_dicts, settings_of, type_name
 from ohem_mm.config import config_path
 from ohem_mm.errors import UserError, is_first_rank, warn
@@ -19,51 +21,31 @@ from ohem_mm.system import lock
 
 
 def check_losses(cfg: Config) -> None:
-    """Build every loss of this package on its own, so that a bad setting is named at once.
-
-    Raises:
-        UserError: With the place in the config and the loss's own message.
-    """
-    from ohem_mm import OhemCrossEntropyLoss, RegionLoss
-
-    ours = {kind.__name__: kind for kind in (OhemCrossEntropyLoss, RegionLoss)}
+    """Build every loss of this package on its own, so that a bad setting is named at once."""
     for path, node in iter_dicts(cfg.get("model"), "model"):
-        _build(ours.get(type_name(node)), path, settings_of(node))
+        if type_name(node) in ("OhemCrossEntropyLoss", "RegionLoss"):
+            _build(ohem_mm, path, node)
 
 
-def _build(kind: Any, path: str, settings: dict[str, Any]) -> None:
+def check_hooks(cfg: Config) -> None:
+    """The same for the hooks of this package."""
+    for place, node in enumerate(cfg.get("custom_hooks") or ()):
+        path = f"custom_hooks.{place}"
+        if isinstance(node, str):
+            raise UserError(f"{path} is {node!r}, and must be a dict: dict(type={node!r})")
+        if isinstance(node, dict) and type_name(node) in hooks.__all__:
+            _build(hooks, path, {key: node[key] for key in node if key != "priority"})
+
+
+def _build(module: Any, path: str, node: Any) -> None:
     try:
-        if kind is not None:
-            kind(**settings)
+        getattr(module, type_name(node))(**settings_of(node))
     except (TypeError, ValueError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def check_hooks(cfg: Config) -> None:
-    """Build every hook of this package on its own, as :func:`check_losses` does for losses.
-
-    Raises:
-        UserError: With the place in the config and the hook's own message.
-    """
-    from ohem_mm import hooks
-
-    for place, node in enumerate(cfg.get("custom_hooks") or ()):
-        if isinstance(node, str):
-            raise UserError(
-                f"custom_hooks.{place} is {node!r}, and must be a dict: dict(type={node!r})"
-            )
-        if isinstance(node, dict) and type_name(node) in hooks.__all__:
-            settings = settings_of(node)
-            settings.pop("priority", None)
-            _build(getattr(hooks, type_name(node)), f"custom_hooks.{place}", settings)
-
-
 def check_pretrained(cfg: Config) -> None:
-    """Check that the local files with pretrained weights that the model names exist.
-
-    Raises:
-        UserError: A file is missing; the message names the shipped converter that makes it.
-    """
+    """Check that the local files with pretrained weights that the model names exist."""
     for path, node in iter_dicts(cfg.get("model"), "model"):
         for key in ("pretrained", "checkpoint", "checkpoint_path"):
             file = node.get(key)
@@ -78,11 +60,7 @@ def check_pretrained(cfg: Config) -> None:
 
 
 def check_checkpoint(file: str) -> None:
-    """Check that a local checkpoint exists.
-
-    Raises:
-        UserError: It does not; the message lists the checkpoints that lie in its folder.
-    """
+    """Check that a local checkpoint exists."""
     path = Path(file).expanduser()
     if is_local(file) and not path.is_file():
         found = sorted(map(str, path.parent.glob("*.pth")))
@@ -91,11 +69,7 @@ def check_checkpoint(file: str) -> None:
 
 
 def check_work_dir(cfg: Config) -> None:
-    """Make the work directory, and say when another run is in it.
-
-    Raises:
-        UserError: It cannot be made or written to.
-    """
+    """Make the work directory, and say when another run is in it."""
     folder = Path(cfg.work_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,11 +103,7 @@ _OPEN: list[Any] = []  # files that are locked for as long as this process lives
 
 
 def check_amp_device(cfg: Config) -> None:
-    """Check that mixed precision, where the config asks for it, has a device.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Check that mixed precision, where the config asks for it, has a device."""
     device = get_device()
     if type_name(cfg.get("optim_wrapper")) == "AmpOptimWrapper" and device in ("cpu", "mps"):
         raise UserError(
@@ -143,15 +113,7 @@ def check_amp_device(cfg: Config) -> None:
 
 
 def check_datasets(cfg: Config, splits: Sequence[str]) -> None:
-    """Check that the folders and lists that the data sets read from are there.
-
-    Args:
-        cfg: The config.
-        splits: The loaders to look at, out of ``'train'``, ``'val'`` and ``'test'``.
-
-    Raises:
-        UserError: A folder is missing or empty; the message names the command that fills it.
-    """
+    """Check that the folders and lists that the data sets of the splits read from are there."""
     for split in splits:
         name = f"{split}_dataloader"
         for path, node in iter_dicts(cfg.get(name), name):

@@ -26,14 +26,12 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Without ``--work-dir`` and without ``work_dir`` in the config, the work directory is
     ``./work_dirs/<name of the config>``.
-
-    Raises:
-        UserError: The config needs a package that is missing, or an option does not fit it.
-        UnknownConfigError: There is no such config.
     """
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     path = config_path(args.config)
-    _import_mmseg()
+    # Imported now, without what mmseg prints about packages that it lacks.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError, RuntimeError):
+        import mmseg.datasets  # noqa: F401
     try:
         cfg = Config.fromfile(path)
     except ImportError as error:
@@ -52,12 +50,6 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs") / path.stem)
     return cfg
-
-
-def _import_mmseg() -> None:
-    """Import mmseg, where it is installed, without what it prints about packages that it lacks."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError, RuntimeError):
-        import mmseg.datasets  # noqa: F401
 
 
 def iter_dicts(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -87,11 +79,7 @@ def settings_of(node: Any) -> dict[str, Any]:
 
 
 def apply_options(cfg: Config, options: dict[str, Any]) -> None:
-    """Merge ``--cfg-options`` (dotted keys or nested dicts) into the config, and check the keys.
-
-    Raises:
-        UserError: A key does not fit the config.
-    """
+    """Merge ``--cfg-options`` (dotted keys or nested dicts) into the config, and check the keys."""
     for key in options:
         _check_option(cfg, key)
     old_root = cfg.get("data_root")
@@ -120,7 +108,7 @@ def _check_option(cfg: Config, key: str) -> None:
         elif part in node:
             node = node[part]
         else:
-            known = [*node, *(_top_level_keys() if depth == 0 else ())]
+            known = [*node, *(_TOP_LEVEL if depth == 0 else ())]
             if part in known:
                 return
             # One letter too few or too many; class_weight and loss_weight are further apart.
@@ -137,10 +125,11 @@ def _check_option(cfg: Config, key: str) -> None:
             return
 
 
-def _top_level_keys() -> list[str]:
-    """Keys that mmengine and the tools read though a config need not have them."""
-    keys = [name for name in inspect.signature(Runner.__init__).parameters if name != "self"]
-    return [*keys, "runner_type", "find_unused_parameters", "sync_bn", "tta_model", "tta_pipeline"]
+# Keys that mmengine and the tools read though a config need not have them.
+_TOP_LEVEL = (
+    *inspect.signature(Runner).parameters,
+    *("runner_type", "find_unused_parameters", "sync_bn", "tta_model", "tta_pipeline"),
+)
 
 
 def _move_data_root(cfg: Config, old: str | None, new: str) -> None:
@@ -169,9 +158,6 @@ def use_amp(cfg: Config) -> None:
 
     On a GPU that is mmengine's ``AmpOptimWrapper`` (float16 unless the config says otherwise), and
     elsewhere :class:`ohem_mm.models.Bf16OptimWrapper`.
-
-    Raises:
-        UserError: The config has an optimizer wrapper of another kind.
     """
     kind, on_cpu = _kind_of_wrapper(cfg, "--amp"), get_device() == "cpu"
     if kind == "Bf16OptimWrapper" or (kind == "AmpOptimWrapper" and not on_cpu):
@@ -184,11 +170,7 @@ def use_amp(cfg: Config) -> None:
 
 
 def use_bf16(cfg: Config) -> None:
-    """Switch the optimizer wrapper to :class:`ohem_mm.models.Bf16OptimWrapper`, on any device.
-
-    Raises:
-        UserError: The config has an optimizer wrapper of another kind.
-    """
+    """Switch the optimizer wrapper to :class:`ohem_mm.models.Bf16OptimWrapper`, on any device."""
     _kind_of_wrapper(cfg, "bf16")
     for key in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
         cfg.optim_wrapper.pop(key, None)

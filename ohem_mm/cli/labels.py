@@ -30,12 +30,7 @@ DATA_CODE = (
 
 
 class Labels(NamedTuple):
-    """What labels a model can be trained on.
-
-    Attributes:
-        num_classes: Labels from 0 to this minus one are classes; None when the model does not say.
-        ignored: Labels that do not count.
-    """
+    """How many classes a model has, where it says so, and the labels that do not count."""
 
     num_classes: int | None
     ignored: frozenset[int]
@@ -55,15 +50,10 @@ class Labels(NamedTuple):
 
 
 def problem(dataset: Any, index: int, labels: Labels) -> tuple[str, bool]:
-    """Load one image and its label map, and say what is wrong with them.
-
-    Args:
-        dataset: A data set of mmseg whose pipeline has a LoadAnnotations.
-        index: Which sample.
-        labels: What its labels may be.
+    """Load one image and its label map, by a pipeline that has a LoadAnnotations.
 
     Returns:
-        A sentence that names the file, or '', and whether every pixel is ignored.
+        What is wrong with them, naming the file, or '', and whether every pixel is ignored.
     """
     results = dataset.get_data_info(index)
     image, file = results.get("img_path"), results.get("seg_map_path")
@@ -97,13 +87,7 @@ def problem(dataset: Any, index: int, labels: Labels) -> tuple[str, bool]:
 
 
 def check_labels(cfg: Config) -> None:
-    """Look at a few samples of the training set before training.
-
-    A warning goes to stderr when every pixel of all of them is ignored.
-
-    Raises:
-        UserError: One cannot be trained on; the message names its file.
-    """
+    """Look at a few samples of the training set before training."""
     labels = Labels.of(cfg)
     for dataset in _datasets(cfg, "train"):
         count = len(dataset)
@@ -123,11 +107,7 @@ def check_labels(cfg: Config) -> None:
 
 
 def explain(cfg: Config, splits: Sequence[str], error: Exception) -> None:
-    """Look for the file that stopped a run, if its error came from the data.
-
-    Raises:
-        UserError: It is found.
-    """
+    """Look for the file that stopped a run, if its error came from the data, and name it."""
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     is_data = any(part in name for name in frames for part in DATA_CODE)
     if not (is_data or "DataLoader worker" in str(error) or "device-side" in str(error)):

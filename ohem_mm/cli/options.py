@@ -42,14 +42,10 @@ class ConfigOptions(DictAction):  # type: ignore[misc]
 
 
 def parse_value(text: str) -> Any:
-    """The value that a text on the command line stands for.
+    """The value that a text on the command line stands for; ValueError where it stands for none.
 
-    Args:
-        text: A number, ``true``, ``None``, a bare word or path; ``[a,b]``, ``a,b`` or ``(a,b)``;
-            ``dict(type=X,n=3)``, as configs write it, or ``{'type': 'X'}``. All may be nested.
-
-    Raises:
-        ValueError: A bracket is left open, or a dict is none.
+    A number, ``true``, ``None``, a bare word or path; ``[a,b]``, ``a,b`` or ``(a,b)``;
+    ``dict(type=X,n=3)``, as configs write it, or ``{'type': 'X'}``. All may be nested.
     """
     text = text.strip()
     if len(text) > 1 and text[0] in "'\"" and text[1:].find(text[0]) == len(text) - 2:

@@ -35,16 +35,10 @@ Kept = int | float  # min_kept: pixels of a pool, or a share
 
 
 class Counts:
-    """Hard pixels of one loss at every thresh, for each pool of each batch.
-
-    Args:
-        rule: What the head mines by; None: it does not mine.
-        threshes: In any order.
-        pool: Instead of the rule's own.
+    """Hard pixels of one loss at every thresh, for each pool of each batch with a valid pixel.
 
     Attributes:
-        threshes: Ascending.
-        hard: int64, shape (pools, threshes). Pools without a valid pixel are left out.
+        hard: int64, shape (pools, threshes), of ascending threshes.
         valid: Valid pixels, int64, shape (pools,).
         images: Images of the pool's batch, int64, shape (pools,).
     """
@@ -56,14 +50,7 @@ class Counts:
         self._parts: list[tuple[Tensor, Tensor, int]] = []
 
     def add(self, mined: Tensor, valid: Tensor, target: Tensor, num_classes: int) -> None:
-        """Count one batch.
-
-        Args:
-            mined: Loss of each pixel, float32, shape (N, ...).
-            valid: Bool, shape (N, ...).
-            target: Labels, int64, shape (N, ...), in [0, num_classes) where valid.
-            num_classes: Number of classes.
-        """
+        """Count one batch: losses, validity and labels of its pixels, each of shape (N, ...)."""
         groups, group = 1, torch.zeros_like(target)
         if self.pool == "image":
             groups = len(target)
@@ -128,13 +115,6 @@ class Watch:
         heads: Names of heads to look at; None: those that mine, or all when none does.
         threshes: What to report; if empty, ``THRESHES`` and those of the heads.
         pool: Instead of each head's own pool.
-
-    Attributes:
-        threshes: What to report, ascending.
-        counts: By name of the head, and number of the loss where it has several.
-
-    Raises:
-        UserError: A head is not there.
     """
 
     def __init__(
@@ -220,11 +200,7 @@ def _rule(head: Any, loss: Any) -> OhemRule | None:
 
 
 def parse_min_kept(text: str) -> Kept:
-    """An int, or a share written as 0.1 or 1/16.
-
-    Raises:
-        ValueError: It is neither.
-    """
+    """An int, or a share written as 0.1 or 1/16; ValueError where it is neither."""
     if text.isdigit():
         return int(text)
     try:

@@ -22,14 +22,8 @@ from ohem_mm.visualization import MainLoss, MinedImage, mine_sample
 def build_model(cfg: Config, checkpoint: str, *, training: bool = False) -> Any:
     """The model of a config with the weights of a checkpoint, on the device.
 
-    Args:
-        cfg: The config.
-        checkpoint: The file.
-        training: Whether heads take their training path; nothing is random then all the same, and
-            no statistic moves.
-
-    Raises:
-        UserError: The checkpoint cannot be read, or does not fit the model.
+    With ``training`` heads take their training path; all the same nothing is random, and no
+    statistic moves.
     """
     init_default_scope(cfg.get("default_scope") or "mmseg")
     if cfg.get("data_preprocessor"):
@@ -44,11 +38,7 @@ def build_model(cfg: Config, checkpoint: str, *, training: bool = False) -> Any:
 
 
 def training_batches(cfg: Config, split: str, seed: int) -> Any:
-    """Training's loader; for 'val', with the images of the validation set.
-
-    Raises:
-        UserError: The config has no such images.
-    """
+    """Training's loader; for 'val', with the images of the validation set."""
     for key in ("train_dataloader", f"{split}_dataloader"):
         if cfg.get(key) is None:
             raise cli.UserError(f"the config has no {key}, so there are no batches to look at")
@@ -63,11 +53,7 @@ def training_batches(cfg: Config, split: str, seed: int) -> Any:
 
 
 def whole_images(cfg: Config, split: str, first: int | None = None) -> Any:
-    """A loader over a split, or its first images, in order and as in testing.
-
-    Raises:
-        UserError: The config has no such images.
-    """
+    """A loader over a split, or its first images, in order and as in testing."""
     if cfg.get(f"{split}_dataloader") is None:
         raise cli.UserError(f"the config has no {split}_dataloader")
     init_default_scope(cfg.get("default_scope") or "mmseg")
@@ -98,17 +84,7 @@ def _set_pipeline(dataset: Any, pipeline: Any) -> None:
 
 
 def mined_images(model: Any, loader: Any, main: MainLoss, batch_size: int) -> Iterator[MinedImage]:
-    """Run a model and yield every image with what a loss mines of it.
-
-    Args:
-        model: A segmentor.
-        loader: Of :func:`whole_images`; may be wrapped.
-        main: The loss.
-        batch_size: Of the training; see :func:`ohem_mm.visualization.mine_sample`.
-
-    Raises:
-        UserError: An image has no labels, or ones that do not fit.
-    """
+    """Yield every image of :func:`whole_images` with what a loss mines of it."""
     for batch in loader:
         with torch.no_grad():
             samples = model.test_step(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mmengine import fileio
@@ -56,12 +57,11 @@ class CamVidDataset(BaseSegDataset):  # type: ignore[misc]
         return list(super().load_data_list())
 
     def _find_suffix(self) -> str:
-        folder, found = self.data_prefix["img_path"], []
-        options: dict[str, Any] = {"list_dir": False, "backend_args": self.backend_args}
-        if fileio.exists(folder, backend_args=self.backend_args):
-            for suffix in (".jpg", ".png"):
-                if any(fileio.list_dir_or_file(folder, suffix=suffix, **options)):
-                    found.append(suffix)
+        folder, backend = self.data_prefix["img_path"], {"backend_args": self.backend_args}
+        found: set[str] = set()
+        if fileio.exists(folder, **backend):
+            files = fileio.list_dir_or_file(folder, list_dir=False, **backend)
+            found = {".jpg", ".png"} & {Path(file).suffix for file in files}
         if not found:
             raise FileNotFoundError(
                 f"no .jpg or .png image in {folder!r}; "
@@ -71,4 +71,4 @@ class CamVidDataset(BaseSegDataset):  # type: ignore[misc]
             raise ValueError(
                 f"{folder!r} holds .jpg and .png images; img_suffix must say which to take"
             )
-        return found[0]
+        return found.pop()

@@ -86,14 +86,7 @@ def encode_label(label: Path) -> Image.Image:
 
 
 def write_once(target: Path, write: Callable[[Path], object]) -> bool:
-    """Let ``write`` make a file and move it to ``target``, unless that is there with its bytes.
-
-    Returns:
-        Whether the file is new.
-
-    Raises:
-        UserError: ``target`` exists with another content.
-    """
+    """Let ``write`` make a file and move it to ``target``; False where its bytes are there."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         write(part)
@@ -110,15 +103,7 @@ def write_once(target: Path, write: Callable[[Path], object]) -> bool:
 
 
 def convert(source: Path, out: Path, counts: Mapping[str, int] = COUNTS) -> int:
-    """Convert the clone at ``source`` into ``out``.
-
-    Args:
-        source: The clone, or its CamVid folder.
-        out: The folder to fill; made if need be.
-        counts: Number of frames expected in each split.
-
-    Returns:
-        How many files were written.
+    """Convert the clone, or its CamVid folder, into ``out``; return how many files were written.
 
     Raises:
         UserError: The clone is incomplete or unusual, or ``out`` holds other data.

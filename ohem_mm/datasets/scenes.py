@@ -1,9 +1,8 @@
 """Generated street-like scenes with rare, thin and small objects.
 
-Nothing is read from or written to disk. A scene is a pure function of
-``(seed, split, index, size)``: the dataset hands out ``scenes://`` addresses,
-and a small mmengine storage backend draws the picture behind an address when
-it is read. So ``LoadImageFromFile``, ``LoadAnnotations`` and
+Nothing is read from or written to disk. A scene is a pure function of its numbers: the dataset
+hands out ``scenes://`` addresses, and a small storage backend of mmengine draws the picture behind
+an address when it is read. So ``LoadImageFromFile``, ``LoadAnnotations`` and
 ``SegVisualizationHook`` work on it as they are.
 """
 
@@ -31,17 +30,13 @@ _ADDRESS = re.compile(
 class ScenesBackend(BaseStorageBackend):  # type: ignore[misc]
     """Storage backend whose "files" are scenes, drawn when they are read.
 
-    Addresses read ``scenes://{split}-{seed}-{H}x{W}/{index}.png`` for the image and
-    ``..._label.png`` for the label map, with ``-rare{per cent}`` after the size where not all rare
-    things are drawn; :class:`StreetScenesDataset` makes them.
+    :class:`StreetScenesDataset` makes their addresses, ``scenes://{split}-{seed}-{H}x{W}`` and
+    ``-rare{per cent}`` where not all rare things are drawn, then ``/{index}.png`` for the image and
+    ``/{index}_label.png`` for the label map.
     """
 
     def get(self, filepath: str) -> bytes:
-        """Return the PNG bytes behind an address.
-
-        Raises:
-            ValueError: ``filepath`` is not an address of a scene.
-        """
+        """Return the PNG bytes behind an address."""
         match = _ADDRESS.fullmatch(str(filepath))
         if match is None:
             raise ValueError(

@@ -225,14 +225,7 @@ def draw_scene(
     seed: int = 0,
     rare: int = 100,
 ) -> tuple[UInt8, UInt8]:
-    """Draw one scene.
-
-    Args:
-        index: Number of the scene in its split, 0 or more.
-        split: ``'train'``, ``'val'`` or ``'test'``; splits share no scene.
-        size: (H, W) in pixels, each at least 48.
-        seed: Seed of the whole data set, 0 or more.
-        rare: Per cent of the people and poles (with their signs and lights) that are drawn.
+    """Draw one scene; the arguments are those of :class:`ohem_mm.datasets.StreetScenesDataset`.
 
     Returns:
         The BGR image, uint8 (H, W, 3), and the label map, uint8 (H, W), with class indices into

@@ -27,17 +27,11 @@ def losses_of(head: Any) -> list[nn.Module]:
 
 
 def named_losses(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:
-    """Every loss of one kind in a model.
+    """Every loss of one kind in a model, wrapped or not, by name and in its order.
 
-    Args:
-        model: A segmentor, or any other model; wrapped or not.
-        kind: :class:`OhemCrossEntropyLoss` or :class:`RegionLoss`.
-
-    Returns:
-        The losses by name, in the order of the model. The name is that of the head
-        (``decode_head``, ``auxiliary_head.0``); where a head has several of these losses, their
-        places in its list are appended (``decode_head.1``). Outside decode heads it is the name of
-        the loss module.
+    The name is that of the head (``decode_head``, ``auxiliary_head.0``); where a head has several
+    of these losses, their places in its list are appended (``decode_head.1``). Outside decode heads
+    it is the name of the loss module.
     """
     found: dict[str, dict[str, _Loss]] = {}
     for name, module in unwrap(model).named_modules():
@@ -65,12 +59,10 @@ class Listener:
     def listen(
         self, loss: nn.Module, heard: Callable[[dict[str, Any]], None], maps: bool = False
     ) -> None:
-        """Hear every call of a loss from now on.
+        """Hear every call of a loss of this package from now on.
 
-        Args:
-            loss: One of this package's.
-            heard: Called afterwards with the arguments, by name; ``stats`` is always among them.
-            maps: Whether the maps are asked for as well, which the loss then has on every path.
+        ``heard`` is called afterwards with the arguments by name, among them always ``stats``; with
+        ``maps`` these hold the maps as well.
         """
         forward = inspect.signature(type(loss).forward)
 

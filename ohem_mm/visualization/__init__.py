@@ -5,30 +5,17 @@ numpy, OpenCV and matplotlib, which mmengine brings along; matplotlib is loaded 
 drawn.
 """
 
-from .mined import (
-    ClassCounts,
-    MainLoss,
-    MinedImage,
-    for_one_image,
-    main_loss,
-    mine_sample,
-    predicted,
-    to_rgb,
-)
-from .pictures import MINED, board, class_colours, loss_colours, panels
-
-__all__ = [
-    "MINED",
-    "ClassCounts",
-    "MainLoss",
-    "MinedImage",
-    "board",
-    "class_colours",
-    "for_one_image",
-    "loss_colours",
-    "main_loss",
-    "mine_sample",
-    "panels",
-    "predicted",
-    "to_rgb",
-]
+# "As" the same name: part of this package's own.
+from .mined import ClassCounts as ClassCounts
+from .mined import MainLoss as MainLoss
+from .mined import MinedImage as MinedImage
+from .mined import for_one_image as for_one_image
+from .mined import main_loss as main_loss
+from .mined import mine_sample as mine_sample
+from .mined import predicted as predicted
+from .mined import to_rgb as to_rgb
+from .pictures import MINED as MINED
+from .pictures import board as board
+from .pictures import class_colours as class_colours
+from .pictures import loss_colours as loss_colours
+from .pictures import panels as panels

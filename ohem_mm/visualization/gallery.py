@@ -32,18 +32,7 @@ class Picture(NamedTuple):
 
 
 class Gallery:
-    """The hardest images, and counts over all of them.
-
-    Args:
-        names: Name of each class, C of them.
-        colours: RGB of each class, uint8, shape (C, 3).
-        size: How many images to keep.
-        show_data: False leaves out what is the data set's own, photographs and labels.
-
-    Attributes:
-        total: Counts over all images.
-        seen: How many images there were.
-    """
+    """The ``size`` hardest images, and counts over all of them; ``show_data`` as for a board."""
 
     def __init__(
         self, names: Sequence[str], colours: UInt8, size: int, show_data: bool = True
@@ -86,14 +75,11 @@ class Gallery:
         return {"index": index, "name": self.names[index], "colour": _hex(self.colours[index])}
 
     def write(self, folder: Path, **text: Any) -> Path:
-        """Write the page and the PNGs, in place of those of an earlier run.
+        """Write the page, and return it, and the PNGs, in place of those of an earlier run.
 
         Args:
             folder: Where to.
             **text: What else the template needs: title, settings, hard_above.
-
-        Returns:
-            The page.
         """
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)

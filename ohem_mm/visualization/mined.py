@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from ..loss import OhemCrossEntropyLoss
 
 UInt8 = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 
 
 class MainLoss(NamedTuple):
-    """The loss whose mining is shown.
-
-    Attributes:
-        name: Module name of its head.
-        loss: The loss.
-        ignore_index: Label of pixels that do not count for it.
-    """
+    """The loss whose mining is shown, the module name of its head, and the label it ignores."""
 
     name: str
     loss: OhemCrossEntropyLoss
@@ -35,16 +28,10 @@ class MainLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class MinedImage:
-    """One image and what is mined of it.
+    """One image, RGB of shape (H, W, 3), and what is mined of it: maps of shape (H, W).
 
-    Attributes:
-        name: What it is called in titles.
-        image: The photograph, RGB, uint8, shape (H, W, 3).
-        label: Ground truth, int64, shape (H, W).
-        prediction: Predicted class, int64, shape (H, W).
-        loss: Unweighted loss of each pixel, float32, shape (H, W).
-        valid: Bool, shape (H, W): pixels that are not ignored.
-        kept: Weight of each pixel in training, in [0, 1], shape (H, W).
+    ``loss`` is unweighted, ``valid`` is where the label is not ignored, and ``kept`` is the weight
+    of each pixel in training, in [0, 1].
     """
 
     name: str
@@ -52,12 +39,12 @@ class MinedImage:
     label: npt.NDArray[np.int64]
     prediction: npt.NDArray[np.int64]
     loss: npt.NDArray[np.float32]
-    valid: Mask
+    valid: npt.NDArray[np.bool_]
     kept: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, name: str, image: UInt8, *maps: Tensor) -> MinedImage:
-        """The image with its maps, in the order of the attributes, given as tensors."""
+        """The image with its maps, in the order of the fields, given as tensors."""
         dtypes = (torch.long, torch.long, torch.float32, torch.bool, torch.float32)
         typed = (values.detach().to("cpu", d) for values, d in zip(maps, dtypes, strict=True))
         return cls(name, image, *(values.numpy() for values in typed))
@@ -74,15 +61,7 @@ class MinedImage:
 
 
 class ClassCounts:
-    """Pixels and mined pixels of each class, summed over images.
-
-    Args:
-        num_classes: Number of classes, C.
-
-    Attributes:
-        pixels: Valid pixels of each class, int64, shape (C,).
-        mined: Mined pixels of each class, by weight, float64, shape (C,).
-    """
+    """Valid pixels of each class, and mined ones by weight, summed over images."""
 
     def __init__(self, num_classes: int) -> None:
         self.pixels = np.zeros(num_classes, np.int64)
@@ -97,30 +76,22 @@ class ClassCounts:
 
     @property
     def pixel_share(self) -> npt.NDArray[np.float64]:
-        """Share of the valid pixels that each class has, shape (C,)."""
+        """Share of the valid pixels that each class has."""
         return np.asarray(self.pixels / max(1, self.pixels.sum()))
 
     @property
     def mined_share(self) -> npt.NDArray[np.float64]:
-        """Share of the mined pixels that each class has, shape (C,)."""
+        """Share of the mined pixels that each class has."""
         return np.asarray(self.mined / max(1, self.mined.sum()))
 
     @property
     def mined_of_class(self) -> npt.NDArray[np.float64]:
-        """Share of each class that is mined, shape (C,); NaN for a class without pixels."""
+        """Share of each class that is mined; NaN for a class without pixels."""
         return self.mined / np.where(self.pixels > 0, self.pixels, np.nan)
 
 
 def main_loss(model: nn.Module) -> MainLoss | None:
-    """Find the loss behind the model's prediction.
-
-    Args:
-        model: A segmentor.
-
-    Returns:
-        The first :class:`ohem_mm.OhemCrossEntropyLoss` of the last decode head that has one; of
-        another head where no decode head has one; None where there is none at all.
-    """
+    """The first loss that mines of the last decode head that has one; else of another head."""
     heads: dict[str, OhemCrossEntropyLoss] = {}
     for name, module in model.named_modules():
         if isinstance(module, OhemCrossEntropyLoss):
@@ -139,19 +110,12 @@ def mine_sample(
 ) -> MinedImage:
     """Mine one test image as the loss would, by its own settings.
 
-    The image is a pool of its own. A floor that counts pixels of a batch is divided by the batch
-    size; every other setting is used as it is.
-
     Args:
-        sample: What a segmentor of mmseg returns for the image: ``seg_logits``, ``pred_sem_seg``
-            and ``gt_sem_seg`` of the same height and width.
+        sample: What a segmentor of mmseg returns for the image.
         inputs: The image as the pipeline packs it: BGR, shape (3, h, w).
         name: What to call the image.
         main: The loss.
-        batch_size: Batch size of the training.
-
-    Returns:
-        The image, at the size of its labels.
+        batch_size: That of the training; see :func:`for_one_image`.
 
     Raises:
         ValueError: The label map has another size than the logits, or holds an unknown label.
@@ -169,15 +133,9 @@ def mine_sample(
 
 
 def for_one_image(loss: OhemCrossEntropyLoss, batch_size: int) -> OhemCrossEntropyLoss:
-    """Make a copy of a loss that mines a single image.
+    """A copy that mines a single image, or each class of it.
 
-    Args:
-        loss: The loss. Its parameters and buffers are shared.
-        batch_size: Batch size of the training. A ``min_kept`` that counts pixels of a batch is
-            divided by it, rounded up.
-
-    Returns:
-        The copy; its pool is the image, or each class of it.
+    A ``min_kept`` that counts pixels of a batch is divided by the batch size, rounded up.
     """
     loss = copy.copy(loss)
     rule = loss.rule
@@ -189,16 +147,7 @@ def for_one_image(loss: OhemCrossEntropyLoss, batch_size: int) -> OhemCrossEntro
 
 
 def predicted(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """Class with the highest logit at each pixel of the labels.
-
-    Args:
-        logits: Raw scores of one image, shape (C, h, w); C=1 is one sigmoid channel.
-        size: Height and width of the labels.
-        align_corners: As in ``torch.nn.functional.interpolate``.
-
-    Returns:
-        int64, shape (height, width).
-    """
+    """Class with the highest logit, (C, h, w), at each pixel of labels of a height and width."""
     wide = nn.functional.interpolate(
         logits[None].float(), tuple(size), mode="bilinear", align_corners=align_corners
     )[0]
@@ -206,16 +155,9 @@ def predicted(logits: Tensor, size: Sequence[int], align_corners: bool = False) 
 
 
 def to_rgb(inputs: Tensor, size: Sequence[int], pad: bool = False) -> UInt8:
-    """A packed image of mmseg as a picture.
+    """A packed image of mmseg, BGR or grey of shape (channels, h, w), as a picture.
 
-    Args:
-        inputs: BGR or grey, values 0 to 255, shape (channels, h, w).
-        size: Height and width wanted.
-        pad: Reach the size by padding at the bottom and right, as a preprocessor does in training,
-            instead of by resizing.
-
-    Returns:
-        RGB, uint8, shape (height, width, 3).
+    It is resized to ``size``, (height, width), or padded as a preprocessor does in training.
     """
     image = inputs.detach().float().clamp(0, 255).byte().cpu().permute(1, 2, 0).numpy()
     image = np.repeat(image[..., :1], 3, 2) if image.shape[2] < 3 else image[..., 2::-1]

@@ -25,15 +25,7 @@ _GOOD, _WIDE = 480, 800
 
 
 def class_colours(meta: Mapping[str, Any], num_classes: int) -> tuple[list[str], UInt8]:
-    """Names and colours of the classes.
-
-    Args:
-        meta: ``metainfo`` of a data set; ``classes`` and ``palette`` may be missing.
-        num_classes: Number of classes, C.
-
-    Returns:
-        C names, and RGB colours as uint8 of shape (C, 3).
-    """
+    """Names and RGB colours of the classes of a data set, whose ``metainfo`` may lack some."""
     names = [str(name) for name in meta.get("classes") or ()][:num_classes]
     names += [f"class {index}" for index in range(len(names), num_classes)]
     # Hues a third of the circle apart, in three brightnesses, for classes without a colour.
@@ -46,17 +38,11 @@ def class_colours(meta: Mapping[str, Any], num_classes: int) -> tuple[list[str],
 
 
 def panels(shot: MinedImage, colours: UInt8, show_data: bool = True) -> dict[str, UInt8]:
-    """Draw the panels of one image.
+    """The panels of one image, by title, all of one size.
 
-    Args:
-        shot: The image.
-        colours: RGB of each class, uint8, shape (C, 3).
-        show_data: False leaves out what is the data set's own, the photograph and the ground
-            truth; mined pixels are then shown over the prediction, dimmed.
-
-    Returns:
-        Title to RGB panel, uint8, all of one size: small images are enlarged by a whole number,
-        large ones reduced. Reduced pixels are as bright as the share of them that is mined.
+    Small images are enlarged by a whole number, large ones reduced. Reduced pixels are as bright as
+    the share of them that is mined. Without ``show_data``, what is the data set's own is left out,
+    the photograph and the ground truth; mined pixels are shown over the prediction, dimmed.
     """
     height, width = shot.label.shape
     longest = max(height, width)
@@ -83,14 +69,9 @@ def panels(shot: MinedImage, colours: UInt8, show_data: bool = True) -> dict[str
 
 
 def loss_colours(shown: npt.ArrayLike) -> UInt8:
-    """Colour losses on one scale for all pictures.
+    """Colours of ``1 - exp(-loss)``, 1 minus the probability of the true class, for all pictures.
 
-    Args:
-        shown: ``1 - exp(-loss)``, that is 1 minus the probability of the true class, any shape.
-
-    Returns:
-        RGB, uint8, shape (..., 3), on matplotlib's inferno map: its brightness rises evenly, for
-        colour-blind readers and in print as well.
+    The brightness of matplotlib's inferno rises evenly, for colour-blind readers and in print too.
     """
     from matplotlib import colormaps
 
@@ -133,19 +114,10 @@ def board(
     note: str = "",
     show_data: bool = True,
 ) -> UInt8:
-    """Draw all panels of one image, with titles and a legend of the classes in it.
+    """Draw all panels of one image; the title names the loss's settings, and a note.
 
-    Args:
-        shot: The image.
-        names: Name of each class, C of them.
-        colours: RGB of each class, uint8, shape (C, 3).
-        loss: The loss whose settings are named.
-        note: What else to say in the title, such as the iteration.
-        show_data: As in :func:`panels`.
-
-    Returns:
-        RGB, uint8. The legend lists every class that is labelled or predicted; it takes the free
-        place beside the panels, or as many rows below them as it needs.
+    The legend lists every class that is labelled or predicted; it takes the free place beside the
+    panels, or as many rows below them as it needs.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

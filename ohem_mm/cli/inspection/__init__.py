@@ -24,13 +24,7 @@ OUR_HOOKS = ("FusedOhemHook", "OhemMonitorHook", "OhemScheduleHook")
 
 
 class Inspector(Reading):
-    """Reads one config.
-
-    Attributes:
-        batch: What one GPU sees in one step.
-        rows: Every loss of every head.
-        findings: What is wrong or worth knowing, worst first.
-    """
+    """Reads one config: every loss of every head, and what is wrong with it, worst first."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -88,12 +82,9 @@ class Inspector(Reading):
 
 
 def check(cfg: Any) -> None:
-    """Look at a config before it is trained.
+    """Look at a config before it is trained: errors and warnings go to stderr, once for all ranks.
 
-    Errors and warnings go to stderr, once for all ranks.
-
-    Raises:
-        UserError: The training would stop at its start, or at its first batch.
+    What would stop the training at its start, or at its first batch, ends in a UserError.
     """
     for finding in Inspector(cfg).findings:
         text = f"{finding.where}: {sentence(finding.what)} Remedy: {sentence(finding.remedy)}"

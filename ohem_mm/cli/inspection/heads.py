@@ -57,12 +57,9 @@ class Row:
 
 
 class Head:
-    """A decode head of a config: its rows, and what is added to the findings.
+    """A decode head of a config: a row for each of its losses, and what is added to the findings.
 
-    Attributes:
-        cls: Its class, whose defaults fill in what is not written; None when it is not installed.
-        losses: By their place in the head.
-        rows: One for each loss.
+    ``cls``, whose defaults fill in what is not written, is None when it is not installed.
     """
 
     def __init__(self, reading: Reading, path: str, node: Any) -> None:

@@ -33,12 +33,7 @@ class Batch(NamedTuple):
 
 
 class Reading:
-    """A config, what it says about all of its heads, and what was found in it.
-
-    Attributes:
-        batch: What one GPU sees in one step.
-        findings: In the order in which they were added.
-    """
+    """A config, what it says about all of its heads, and what was found in it."""
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
