@@ -50,13 +50,11 @@ def check_pretrained(cfg: Config) -> None:
         for key in ("pretrained", "checkpoint", "checkpoint_path"):
             file = node.get(key)
             if isinstance(file, str) and file and is_local(file) and not Path(file).is_file():
-                made_by = [
-                    f"; make them with: python {_shown(converter)}"
-                    for converter in sorted(_tool_folder("model_converters").glob("*.py"))
-                    if converter.stem in Path(file).stem
-                ]
                 message = f"{path}.{key}: the weights {file!r} do not exist"
-                raise UserError("".join([message, *made_by]))
+                for converter in sorted(_tool_folder("model_converters").glob("*.py")):
+                    if converter.stem in Path(file).stem:
+                        message += f"; make them with: python {_shown(converter)}"
+                raise UserError(message)
 
 
 def check_checkpoint(file: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ohem_mm import OhemCrossEntropyLoss, OhemRule, ohem_cross_entropy
 from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 from ohem_mm.errors import UserError
-from ohem_mm.hooks._losses import losses_of
+from ohem_mm.hooks._losses import heads_of
 from ohem_mm.mining import share_of
 
 THRESHES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -124,30 +124,24 @@ class Watch:
         threshes: Sequence[float],
         pool: str | None,
     ) -> None:
-        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-
         found = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, BaseDecodeHead)
-            # K-Net leaves its loss to another head.
-            and isinstance(getattr(module, "loss_decode", None), nn.Module)
+            name: [(loss, _rule(head, loss)) for loss in losses]
+            for name, head, losses in heads_of(model)
         }
         if missing := [name for name in heads or () if name not in found]:
             raise UserError(f"there is no head {missing[0]!r}; heads: {', '.join(found)}")
-        rules = {n: [_rule(head, loss) for loss in losses_of(head)] for n, head in found.items()}
-        chosen = heads or [n for n in found if any(rules[n])] or list(found)
-        own = [rule.thresh for n in chosen for rule in rules[n] if rule and rule.thresh]
+        mine = [name for name in found if any(rule for _, rule in found[name])]
+        chosen = heads or mine or list(found)
+        own = [rule.thresh for name in chosen for _, rule in found[name] if rule and rule.thresh]
         self.threshes = sorted({*(threshes or (*THRESHES, *own))})
         self.counts: dict[str, Counts] = {}
         self._seen: set[tuple[str, int, int]] = set()
         for name in chosen:
-            losses = losses_of(found[name])
-            for number, (loss, rule) in enumerate(zip(losses, rules[name], strict=True)):
-                if rule is None and any(rules[name]):
+            for number, (loss, rule) in enumerate(found[name]):
+                if rule is None and name in mine:
                     continue
                 counts = Counts(rule, {*self.threshes, *CURVE, *own}, pool)
-                self.counts[f"{name}, loss {number}" if len(losses) > 1 else name] = counts
+                self.counts[f"{name}, loss {number}" if len(found[name]) > 1 else name] = counts
                 look = partial(self._look, name, counts)
                 loss.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -191,7 +185,7 @@ def _rule(head: Any, loss: Any) -> OhemRule | None:
         return None if loss.rule.thresh is None and loss.rule.keeps_all else loss.rule
     if type(loss).__name__ == "OhemCrossEntropy":
         return OhemRule(loss.thresh, loss.min_kept)
-    if type(head.sampler).__name__ == "OHEMPixelSampler":
+    if type(getattr(head, "sampler", None)).__name__ == "OHEMPixelSampler":
         return OhemRule(head.sampler.thresh, head.sampler.min_kept, min_kept_per="image")
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from mmengine.model import is_model_wrapper
@@ -24,6 +24,13 @@ def losses_of(head: Any) -> list[nn.Module]:
     """The losses of a decode head of mmseg."""
     found = head.loss_decode
     return list(found) if isinstance(found, nn.ModuleList) else [found]
+
+
+def heads_of(model: nn.Module) -> Iterator[tuple[str, Any, list[nn.Module]]]:
+    """Name, module and losses of all that has losses as the decode heads of mmseg have them."""
+    for name, head in model.named_modules():
+        if isinstance(getattr(head, "loss_decode", None), nn.Module):
+            yield name, head, losses_of(head)
 
 
 def named_losses(model: nn.Module, kind: type[_Loss]) -> dict[str, _Loss]:

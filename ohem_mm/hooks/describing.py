@@ -6,7 +6,7 @@ from torch import nn
 
 from ..loss import OhemCrossEntropyLoss
 from ..region import RegionLoss
-from ._losses import losses_of, named_losses
+from ._losses import heads_of, named_losses
 
 _POOLS = {
     "batch": "the batch",
@@ -20,12 +20,9 @@ def describe(model: nn.Module) -> list[str]:
     """Say of every head of a model whether it mines, and with what settings; one line each."""
     lines = []
     told: set[int] = set()
-    for name, head in model.named_modules():
-        if not isinstance(getattr(head, "loss_decode", None), nn.Module):
-            continue
-        losses, ignored = losses_of(head), getattr(head, "ignore_index", None)
+    for name, head, losses in heads_of(model):
         told |= {id(loss) for loss in losses}
-        words = [_describe_loss(loss, ignored) for loss in losses]
+        words = [_describe_loss(loss, getattr(head, "ignore_index", None)) for loss in losses]
         if len(words) > 1:
             words = [f"loss {place} {text}" for place, text in enumerate(words)]
         sampler = getattr(head, "sampler", None)
@@ -64,11 +61,8 @@ def _describe_loss(loss: nn.Module, head_ignores: int | None) -> str:
     if rule.always_keep:
         words.append(f"always keeps the classes {list(rule.always_keep)}")
     words.append(f"averages over the {rule.avg} pixels")
-    if ignored is None:
-        ignored_by_head = 255 if head_ignores is None else head_ignores
-        words.append(f"ignore_index {ignored_by_head} (of the head)")
-    else:
-        words.append(f"ignore_index {ignored}")
+    by_head = f"{255 if head_ignores is None else head_ignores} (of the head)"
+    words.append(f"ignore_index {by_head if ignored is None else ignored}")
     return ", ".join([*words, _weights(loss)])
 
 

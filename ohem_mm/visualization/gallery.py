@@ -10,7 +10,7 @@ import heapq
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2  # which torch brings along
 import numpy as np
@@ -21,16 +21,6 @@ from .mined import ClassCounts, MainLoss, MinedImage, UInt8, for_one_image
 from .pictures import MINED, board, loss_colours, panels
 
 
-class Picture(NamedTuple):
-    """One image as the gallery shows it; ordered by hardness."""
-
-    hardness: float
-    order: int  # breaks ties
-    shot: MinedImage
-    panels: dict[str, UInt8]
-    board: UInt8
-
-
 class Gallery:
     """The ``size`` hardest images, and counts over all of them; ``show_data`` as for a board."""
 
@@ -39,25 +29,17 @@ class Gallery:
     ) -> None:
         self.names, self.colours, self.size, self.show_data = names, colours, size, show_data
         self.total, self.seen = ClassCounts(len(names)), 0
-        self._hardest: list[Picture] = []
 
     def collect(self, shots: Iterable[MinedImage], loss: OhemCrossEntropyLoss) -> None:
-        """Look at images, mined by a loss."""
-        for shot in shots:
-            self.total.add(shot)
-            self.seen += 1
-            full = len(self._hardest) == self.size
-            if full and shot.mean_loss <= self._hardest[0].hardness:
-                continue
-            parts = panels(shot, self.colours, self.show_data)
-            whole = board(shot, self.names, self.colours, loss, show_data=self.show_data)
-            picture = Picture(shot.mean_loss, -self.seen, shot, parts, whole)
-            (heapq.heappushpop if full else heapq.heappush)(self._hardest, picture)
+        """Look at images, mined by a loss, and keep the hardest ones, hardest first."""
+        self.loss = loss
+        counted = map(self._count, shots)
+        self.pictures = heapq.nlargest(self.size, counted, key=lambda shot: shot.mean_loss)
 
-    @property
-    def pictures(self) -> list[Picture]:
-        """Hardest first."""
-        return sorted(self._hardest, reverse=True)
+    def _count(self, shot: MinedImage) -> MinedImage:
+        self.total.add(shot)
+        self.seen += 1
+        return shot
 
     def class_rows(self, counts: ClassCounts) -> list[dict[str, Any]]:
         """What the page and the table on the screen say about each class that has pixels."""
@@ -88,7 +70,7 @@ class Gallery:
             autoescape=True,
             undefined=jinja2.StrictUndefined,
         )
-        shown = [self._shown(rank, picture) for rank, picture in enumerate(self.pictures, 1)]
+        shown = [self._shown(rank, shot) for rank, shot in enumerate(self.pictures, 1)]
         html = environment.get_template("gallery.html").render(
             pictures=shown,
             classes=self.class_rows(self.total),
@@ -102,26 +84,26 @@ class Gallery:
         page = folder / "index.html"
         page.write_text(html, encoding="utf-8")
         # After the page, which is how the next run knows that they are ours.
-        for one, picture in zip(shown, self.pictures, strict=True):
-            Image.fromarray(picture.board).save(folder / one["file"], optimize=True)
+        for one, shot in zip(shown, self.pictures, strict=True):
+            whole = board(shot, self.names, self.colours, self.loss, show_data=self.show_data)
+            Image.fromarray(whole).save(folder / one["file"], optimize=True)
         return page
 
-    def _shown(self, rank: int, picture: Picture) -> dict[str, Any]:
+    def _shown(self, rank: int, shot: MinedImage) -> dict[str, Any]:
         """One image, as the template takes it."""
-        shot = picture.shot
         rows = self.class_rows(ClassCounts(len(self.names)).add(shot))
         labelled = {row["index"] for row in rows}
         predicted = set(np.unique(shot.prediction).tolist())
         return {
             "name": shot.name,
             "file": f"{rank:03d}_{Path(shot.name).stem}.png",
-            "hardness": picture.hardness,
+            "hardness": shot.mean_loss,
             "kept_share": shot.kept_share,
             "classes": rows,
             "only_predicted": [self._class(index) for index in sorted(predicted - labelled)],
             "panels": {
                 title: _inline(panel, photo=title in ("image", "loss"))
-                for title, panel in picture.panels.items()
+                for title, panel in panels(shot, self.colours, self.show_data).items()
             },
         }
 
