@@ -92,14 +92,12 @@ def find_resume(work_dir: str) -> str | None:
     """
     folder, marker = Path(work_dir), Path(work_dir, "last_checkpoint")
     named = marker.read_text().strip() if marker.is_file() else ""
-    path = Path(named)
+    path, moved = Path(named), folder / Path(named).name
     if named and ("://" in named or path.is_dir() or zipfile.is_zipfile(path)):
         return named
-    moved = folder / path.name
     if named and zipfile.is_zipfile(moved):
         return str(moved)
-    whole = numbered(folder)
-    if whole:
+    if whole := numbered(folder):
         if named or marker.is_file():
             state = f"names {named!r}, which is not whole" if named else "is empty"
             cli.warn(f"{marker} {state}; going on from {whole[0]}", "note")

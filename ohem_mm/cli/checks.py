@@ -128,13 +128,11 @@ def check_datasets(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def _check_folder(node: Any, root: str, folder: str) -> None:
-    if not Path(folder).is_dir():
-        state = "is missing" if not Path(folder).exists() else "is not a folder"
-    elif not any(Path(folder).iterdir()):
-        state = "is empty"
-    else:
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()):
         return
-    place = "" if Path(folder).is_absolute() else f" (relative to {Path.cwd()})"
+    state = "is empty" if path.is_dir() else "is not a folder" if path.exists() else "is missing"
+    place = "" if path.is_absolute() else f" (relative to {Path.cwd()})"
     raise UserError(
         f"the data set folder {folder!r}{place} {state}; {_how_to_prepare(node, root or folder)}, "
         "or name another place with --cfg-options data_root=PATH"

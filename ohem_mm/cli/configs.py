@@ -138,7 +138,7 @@ def _move_data_root(cfg: Config, old: str | None, new: str) -> None:
     A config is evaluated before the options are merged, so its data sets hold copies of the
     old value.
     """
-    dicts = (node for path, node in iter_dicts(cfg) if path)
+    dicts = [node for path, node in iter_dicts(cfg) if path]
     users = [node for node in dicts if isinstance(node.get("data_root"), str)]
     roots = {node["data_root"] for node in users}
     if old is None and len(roots - {new}) == 1:

@@ -23,13 +23,7 @@ class ConfigOptions(DictAction):  # type: ignore[misc]
     its own (``data_root="'a, b'"``) is taken as it is.
     """
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Parse the values of one ``--cfg-options`` and add them to those before."""
         options = dict(getattr(namespace, self.dest, None) or {})
         for pair in values or ():

@@ -33,24 +33,25 @@ def run(main: Callable[[], None]) -> int:
     """
     try:
         main()
-    except (UserError, UnknownConfigError, OSError) as error:
+    except (UserError, UnknownConfigError) as error:
         message = str(error)
-        if isinstance(error, OSError) and not isinstance(error, UnknownConfigError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            message = (
-                f"the disk is full ({error}); free some space and start the same command again, "
-                "training with --resume: it goes on from the last whole checkpoint"
-            )
-        # All ranks meet the same mistake. The launcher ends the others when the first one
-        # exits, so waiting here leaves one sentence on the screen instead of one per rank.
-        if int(os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", 0))) > 0:
-            time.sleep(5)
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    if dist.is_available() and dist.is_initialized():
-        _leave_together()
-    return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = (
+            f"the disk is full ({error}); free some space and start the same command again, "
+            "training with --resume: it goes on from the last whole checkpoint"
+        )
+    else:
+        if dist.is_available() and dist.is_initialized():
+            _leave_together()
+        return 0
+    # All ranks meet the same mistake. The launcher ends the others when the first one exits, so
+    # waiting here leaves one sentence on the screen instead of one per rank.
+    if int(os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", 0))) > 0:
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _leave_together() -> None:

@@ -47,7 +47,7 @@ class Counts:
         self.rule = rule
         self.pool = pool or (rule.pool if rule and rule.pool != "world" else "batch")
         self.threshes = sorted(threshes)
-        self._parts: list[tuple[Tensor, Tensor, int]] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, mined: Tensor, valid: Tensor, target: Tensor, num_classes: int) -> None:
         """Count one batch: losses, validity and labels of its pixels, each of shape (N, ...)."""
@@ -66,16 +66,13 @@ class Counts:
         table = table[table.sum(1) > 0].cpu()
         # From the right: pixels in the buckets above each bound; then in order of thresh.
         hard = table.flip(1).cumsum(1)[:, :-1]
-        self._parts.append((hard, table.sum(1), len(target)))
+        self._parts.append((hard, table.sum(1), torch.full((len(table),), len(target))))
 
     def finish(self) -> bool:
         """Put the batches together; say whether there was a valid pixel at all."""
-        if not any(len(valid) for _, valid, _ in self._parts):
-            return False
-        self.hard = torch.cat([hard for hard, _, _ in self._parts])
-        self.valid = torch.cat([valid for _, valid, _ in self._parts])
-        self.images = torch.cat([torch.full_like(v, n) for _, v, n in self._parts])
-        return True
+        if self._parts:
+            self.hard, self.valid, self.images = map(torch.cat, zip(*self._parts, strict=True))
+        return bool(self._parts) and len(self.valid) > 0
 
     def hard_share(self, thresh: float) -> float:
         """Share of hard pixels among all valid ones."""

@@ -46,7 +46,7 @@ def training_batches(cfg: Config, split: str, seed: int) -> Any:
     loader = cfg.train_dataloader
     if split != "train":
         dataset = cfg[f"{split}_dataloader"].dataset
-        _set_pipeline(dataset, _pipeline(loader))
+        _take_pipeline(dataset, loader)
         loader = {**loader, "dataset": dataset}
     set_random_seed(seed)
     return Runner.build_dataloader(loader, seed=seed)
@@ -60,8 +60,7 @@ def whole_images(cfg: Config, split: str, first: int | None = None) -> Any:
     loader = cfg[f"{split}_dataloader"].copy()
     if split == "train":
         # No crops and no augmentation: the whole image, as the model is tested.
-        tested = cfg.get("val_dataloader") or cfg.get("test_dataloader")
-        _set_pipeline(loader.dataset, _pipeline(tested))
+        _take_pipeline(loader.dataset, cfg.get("val_dataloader") or cfg.get("test_dataloader"))
         loader.batch_size = 1
         loader.pop("batch_sampler", None)
     loader.sampler = dict(type="DefaultSampler", shuffle=False)
@@ -73,11 +72,9 @@ def whole_images(cfg: Config, split: str, first: int | None = None) -> Any:
     return Runner.build_dataloader(loader)
 
 
-def _pipeline(loader: Any) -> Any:
-    return next(node["pipeline"] for _, node in cli.iter_dicts(loader) if "pipeline" in node)
-
-
-def _set_pipeline(dataset: Any, pipeline: Any) -> None:
+def _take_pipeline(dataset: Any, loader: Any) -> None:
+    """Give a data set, and those inside it, the pipeline of a loader."""
+    pipeline = next(node["pipeline"] for _, node in cli.iter_dicts(loader) if "pipeline" in node)
     for _, node in cli.iter_dicts(dataset):
         if "pipeline" in node:
             node["pipeline"] = pipeline

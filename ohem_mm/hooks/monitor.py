@@ -119,7 +119,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
             if source not in known and re.search(processor.mean_pattern, source)
         ]
 
-    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any | None = None) -> None:
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """At logging steps, listen to the losses."""
         self._listener.stop()
         self._readings = {}
@@ -133,11 +133,7 @@ class OhemMonitorHook(Hook):  # type: ignore[misc]
             self._listener.listen(region, partial(_record_overlap, found))
 
     def after_train_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Any | None = None,
-        outputs: dict[str, Any] | None = None,
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """At logging steps, write what was measured."""
         if not self._listener:

@@ -36,21 +36,18 @@ class Inspector(Reading):
 
     def _check_whole(self) -> None:
         self._check_lost()
-        mines = {row.mines for row in self.rows}
-        has_errors = any(finding.severity == "error" for finding in self.findings)
-        if not self.rows:
-            self.add("no-heads", "model")
-        if "ohem" in self.name.lower() and "yes" not in mines and not has_errors:
-            self.add("name-says-ohem", "model", name=self.name)
+        errors = any(finding.severity == "error" for finding in self.findings)
+        self.add("no-heads", "model", not self.rows)
+        idle = not errors and all(row.mines != "yes" for row in self.rows)
+        self.add("name-says-ohem", "model", idle and "ohem" in self.name.lower(), name=self.name)
         has_ours = any(row.rule == OURS for row in self.rows)
         has_region = any(row.loss == REGION for row in self.rows)
         for place, node in enumerate(self.cfg.get("custom_hooks") or []):
             self.check_type(HOOKS, f"custom_hooks.{place}", node)
-        for hook in self.hooks:
-            if hook in OUR_HOOKS and not has_ours and not (hook == OUR_HOOKS[0] and has_region):
-                self.add("hook-idle", "custom_hooks", hook=hook)
-        if has_ours and "OhemScheduleHook" in self.hooks:
-            self.add("schedule", "custom_hooks")
+        for hook in self.hooks if not has_ours else ():
+            idle = hook in OUR_HOOKS and not (hook == OUR_HOOKS[0] and has_region)
+            self.add("hook-idle", "custom_hooks", idle, hook=hook)
+        self.add("schedule", "custom_hooks", has_ours and "OhemScheduleHook" in self.hooks)
         imports = (self.cfg.get("custom_imports") or {}).get("imports") or []
         imports = [imports] if isinstance(imports, str) else imports
         if any(name.split(".")[0] == "ohem_mm" for name in imports):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+import math
+from typing import Any
 
 from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from torch import nn
@@ -22,8 +23,7 @@ from ohem_mm.cli.inspection.reading import Reading, setting
 from ohem_mm.hooks.fused import _fused_function
 
 OURS, REGION = OhemCrossEntropyLoss.__name__, RegionLoss.__name__
-
-_Loss = TypeVar("_Loss", OhemCrossEntropyLoss, RegionLoss)
+KINDS: dict[str, Any] = {OURS: OhemCrossEntropyLoss, REGION: RegionLoss}
 
 
 @dataclasses.dataclass
@@ -94,9 +94,8 @@ class Head:
         return next((table[name] for name in names if name in table), None)
 
     def _check(self) -> None:
-        count = len(self.rows)
-        if self.by_place and count != self.by_place[0]:
-            expected = self.by_place[0]
+        count, expected = len(self.rows), self.by_place and self.by_place[0]
+        if expected and count != expected:
             self.add("loss-count", self.path, head=self.type, expected=expected, length=count)
         if self.sampler:
             self._check_sampler()
@@ -118,15 +117,12 @@ class Head:
         self.reading.check_type(MODELS, row.where, loss)
         if row.loss == OURS:
             row.rule, row.mines = OURS, "yes"
-            self.built[place] = ours = self._build(OhemCrossEntropyLoss, loss, row)
-            if ours is not None:
-                self._read_ours(ours, row)
+        if kind := KINDS.get(row.loss):
+            self.built[place] = built = self._build(kind, loss, row)
+            if built is not None:
+                (self._read_ours if kind is OhemCrossEntropyLoss else self._read_region)(built, row)
         elif row.loss == MMSEG:
             self._read_mmseg(loss, row)
-        elif row.loss == REGION:
-            self.built[place] = region = self._build(RegionLoss, loss, row)
-            if region is not None:
-                self._read_region(region, row)
         elif cli.type_name(self.sampler) == SAMPLER:
             self._read_sampler(loss, row)
         if self.by_place or self.asks_sampler:
@@ -134,8 +130,8 @@ class Head:
             self._check_ignored(row)
         self.rows.append(row)
 
-    def _build(self, kind: type[_Loss], loss: Any, row: Row) -> _Loss | None:
-        """The loss itself, which checks its settings."""
+    def _build(self, kind: Any, loss: Any, row: Row) -> Any:
+        """The loss itself, which checks its settings; None where one is bad."""
         try:
             return kind(**cli.settings_of(loss))
         except (TypeError, ValueError, OSError, ImportError) as error:
@@ -163,16 +159,13 @@ class Head:
             self._inert("keeps-nothing", row)
         else:
             self._check_rule(row)
-            if not rule.min_kept:
-                self.add("no-floor", where)
-        if row.unit != "valid" and rule.min_kept == 1:
-            self.add("one-pixel", where)
-        if per_image and (row.unit == "valid" or rule.pool in ("image", "class")):
-            self.add("unit-idle", where, pool=rule.pool)
-        if self.num_classes is not None:
-            num_classes = max(2, self.num_classes)
-            for cls in (cls for cls in rule.always_keep if cls >= num_classes):
-                self.add("always-keep", where, cls=cls, num_classes=num_classes)
+            self.add("no-floor", where, not rule.min_kept)
+        self.add("one-pixel", where, row.unit != "valid" and rule.min_kept == 1)
+        idle = row.unit == "valid" or rule.pool in ("image", "class")
+        self.add("unit-idle", where, per_image and idle, pool=rule.pool)
+        num_classes = math.inf if self.num_classes is None else max(2, self.num_classes)
+        for cls in rule.always_keep:
+            self.add("always-keep", where, cls >= num_classes, cls=cls, num_classes=num_classes)
         if self.channels == 1 and not ours.use_sigmoid:
             self._inert("one-channel", row)
         elif ours.use_sigmoid and (self.channels or 0) > 1:
@@ -189,10 +182,9 @@ class Head:
     def _read_region(self, region: RegionLoss, row: Row) -> None:
         if self.channels == 1 and not region.use_sigmoid:
             self._inert("one-channel", row)
-        if region.rule.classes == "all" and not region.rule.smooth:
-            self.add("absent-classes", row.where)
-        if len(self.losses) == 1:
-            self.add("region-alone", row.where)
+        rule = region.rule
+        self.add("absent-classes", row.where, rule.classes == "all" and not rule.smooth)
+        self.add("region-alone", row.where, len(self.losses) == 1)
 
     def _read_mmseg(self, loss: Any, row: Row) -> None:
         row.rule, row.mines, row.pool, row.divisor = MMSEG, "yes", "batch", "kept pixels"
@@ -237,32 +229,33 @@ class Head:
     def _check_rule(self, row: Row, where: str = "") -> None:
         """What holds for every rule: whether the floor or the threshold keeps everything."""
         total = self.batch.pixels(row.pool)
-        if total is None and row.unit != "valid":
-            self.add("unknown-size", where or row.where, pool=row.pool)
+        unknown = total is None and row.unit != "valid"
+        self.add("unknown-size", where or row.where, unknown, pool=row.pool)
         if row.unit != "valid" and row.share is not None and row.share >= 1:
             pools = {"image": "an image", "world": "the batch of all GPUs"}
-            pool = pools.get(row.pool, "the batch")
-            code = "min-kept-above-batch"
-            self._inert(code, row, where, pixels=row.pixels, pool=pool, total=total)
+            values = {
+                "pixels": row.pixels,
+                "pool": pools.get(row.pool, "the batch"),
+                "total": total,
+            }
+            self._inert("min-kept-above-batch", row, where, **values)
         elif row.thresh == 1:
             self._inert("thresh-idle", row, where, reason="thresh=1 calls every pixel hard")
 
     def _check_loss(self, place: str, loss: Any, row: Row) -> None:
         where = row.where
         number = int(place.rpartition(".")[2]) if place[-1].isdigit() else None
-        if row.loss == "CrossEntropyLoss" and self.by_place and number in self.by_place[1]:
-            self.add("ignored-label", where, head=self.type)
+        hidden = self.by_place and number in self.by_place[1]
+        self.add("ignored-label", where, hidden and row.loss == "CrossEntropyLoss", head=self.type)
         softmax = not loss.get("use_sigmoid", False)
         if self.channels and "CrossEntropy" in row.loss and (softmax or row.loss == OURS):
             weight = loss.get("class_weight")
             expected = 2 if self.channels == 1 and not softmax else self.channels
             if isinstance(weight, list | tuple) and len(weight) != expected:
                 self.add("class-weight", where, length=len(weight), expected=expected)
-        if row.loss != OURS and "loss" not in str(loss.get("loss_name", "loss_")):
-            self.add("loss-name", where, name=loss["loss_name"])
-        if row.mines != "no" and loss.get("loss_weight", 1) == 0:
-            self.add("loss-weight", where)
-        classes = max(2, self.channels or 2)
+        name, classes = loss.get("loss_name", "loss_"), max(2, self.channels or 2)
+        self.add("loss-name", where, row.loss != OURS and "loss" not in str(name), name=name)
+        self.add("loss-weight", where, row.mines != "no" and loss.get("loss_weight", 1) == 0)
         if row.mines == "yes" and row.thresh is not None and row.thresh <= 1 / classes:
             self.add("thresh-below-chance", where, thresh=row.thresh, classes=classes)
 
@@ -292,28 +285,24 @@ class Head:
         where, kind = f"{self.path}.sampler", cli.type_name(self.sampler)
         losses = [row.loss for row in self.rows]
         mined = [row for row in self.rows if row.rule == SAMPLER]
-        if OURS in losses:
-            self.add("sampler-beside-loss", where, sampler=kind)
-        problem = ""
+        self.add("sampler-beside-loss", where, OURS in losses, sampler=kind)
         if not self.asks_sampler:
             self.add("sampler-idle", where, head=self.type)
         elif kind != SAMPLER:
             return
         elif problem := problem_of_sampler(self.sampler, losses, self.channels):
             self.add("bad-sampler", where, problem=problem)
-        if problem or not self.asks_sampler:
+        else:
             for row in mined:
-                row.mines = "inert"
+                self._check_rule(row, where)
+            for loss in losses:
+                self.add("sampler-other-loss", where, "CrossEntropy" not in loss, loss=loss)
+            self.add("top-k", where, self.sampler.get("thresh") is None)
+            scales = any(row.mines == "yes" for row in mined)
+            self.add("scaled-gradient", where, scales, who=SAMPLER)
             return
         for row in mined:
-            self._check_rule(row, where)
-        for loss in losses:
-            if "CrossEntropy" not in loss:
-                self.add("sampler-other-loss", where, loss=loss)
-        if self.sampler.get("thresh") is None:
-            self.add("top-k", where)
-        if any(row.mines == "yes" for row in mined):
-            self.add("scaled-gradient", where, who=SAMPLER)
+            row.mines = "inert"
 
     def _check_fused(self) -> None:
         # The hook's own decision, on a head that has nothing but what the decision looks at.
@@ -325,13 +314,12 @@ class Head:
         bare.sampler = _stand_in(self.sampler) if self.sampler else None
         bare.ignore_index = self.ignore_index
         function, reason = _fused_function(bare)
-        hooked = "FusedOhemHook" in self.reading.hooks
+        hooked, fits = "FusedOhemHook" in self.reading.hooks, function is not None
         for row in self.rows:
-            row.fused = hooked and function is not None if row.rule == OURS else None
-        if hooked and function is None:
-            self.add("not-fused", self.path, reason=reason)
-        elif not hooked and function is not None and any(row.mines == "yes" for row in self.rows):
-            self.add("could-be-fused", self.path)
+            row.fused = hooked and fits if row.rule == OURS else None
+        self.add("not-fused", self.path, hooked and not fits, reason=reason)
+        mines = any(row.mines == "yes" for row in self.rows)
+        self.add("could-be-fused", self.path, mines and fits and not hooked)
 
 
 def _stand_in(node: Any) -> nn.Module:

@@ -45,9 +45,10 @@ class Reading:
         self.batch = self._read_batch()
         self.findings: list[Finding] = []
 
-    def add(self, code: str, where: str, **values: Any) -> None:
-        """Add a finding."""
-        self.findings.append(Finding.of(code, where, **values))
+    def add(self, code: str, where: str, when: object = True, /, **values: Any) -> None:
+        """Add a finding, where it holds, with the values that its text takes."""
+        if when:
+            self.findings.append(Finding.of(code, where, **values))
 
     def class_of(self, registry: Registry, node: Any) -> Any:
         """The class that a config's dict names; None when it is not installed here."""
