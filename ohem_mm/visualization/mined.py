@@ -133,7 +133,7 @@ def mine_sample(
 
 
 def for_one_image(loss: OhemCrossEntropyLoss, batch_size: int) -> OhemCrossEntropyLoss:
-    """A copy that mines a single image, or each class of it.
+    """A copy, with the same parameters, that mines a single image, or each class of it.
 
     A ``min_kept`` that counts pixels of a batch is divided by the batch size, rounded up.
     """

@@ -233,12 +233,8 @@ class Head:
         self.add("unknown-size", where or row.where, unknown, pool=row.pool)
         if row.unit != "valid" and row.share is not None and row.share >= 1:
             pools = {"image": "an image", "world": "the batch of all GPUs"}
-            values = {
-                "pixels": row.pixels,
-                "pool": pools.get(row.pool, "the batch"),
-                "total": total,
-            }
-            self._inert("min-kept-above-batch", row, where, **values)
+            pool, code = pools.get(row.pool, "the batch"), "min-kept-above-batch"
+            self._inert(code, row, where, pixels=row.pixels, pool=pool, total=total)
         elif row.thresh == 1:
             self._inert("thresh-idle", row, where, reason="thresh=1 calls every pixel hard")
 
