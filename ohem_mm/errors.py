@@ -11,7 +11,7 @@ class UserError(Exception):
 
 def is_first_rank() -> bool:
     """Whether this is the first of all processes, known before they have met."""
-    return int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", 0))) == 0
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
 def warn(text: str, kind: str = "warning") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -82,27 +81,8 @@ def peak_resident() -> float:
     try:
         import resource
     except ImportError:
-        return _peak_on_windows()
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / MIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (MIB if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
-
-
-class _MemoryCounters(ctypes.Structure):
-    """PROCESS_MEMORY_COUNTERS of the Windows API."""
-
-    _fields_ = (
-        ("cb", ctypes.c_uint32),
-        ("page_faults", ctypes.c_uint32),
-        ("peak_working_set", ctypes.c_size_t),
-        ("rest", ctypes.c_size_t * 7),
-    )
-
-
-def _peak_on_windows() -> float:
-    counters = _MemoryCounters(cb=ctypes.sizeof(_MemoryCounters))
-    api = ctypes.windll.kernel32  # type: ignore[attr-defined]
-    api.GetCurrentProcess.restype = ctypes.c_void_p
-    process = ctypes.c_void_p(api.GetCurrentProcess())
-    if not api.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb):
-        return 0.0
-    return float(counters.peak_working_set) / MIB

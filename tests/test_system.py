@@ -1,7 +1,6 @@
 """Calls of the operating system, on this one and on a Windows that is played by small fakes."""
 
 import builtins
-import ctypes
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from ohem_mm import system
+from ohem_mm.errors import is_first_rank
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="asks POSIX")
 
@@ -119,24 +119,11 @@ def alive(pid):
     return ") Z " not in stat
 
 
-@pytest.mark.parametrize("answer", [1, 0])
-def test_peak_memory_on_windows(windows, monkeypatch, answer):
-    def info(process, counters, size):
-        assert process.value == 2**64 - 1  # the pseudo handle, not cut to 32 bits
-        assert size == ctypes.sizeof(counters._obj) == 72
-        # Two numbers of 32 bits, then the peak.
-        ctypes.memmove(ctypes.addressof(counters._obj) + 8, (300 * 2**20).to_bytes(8, "little"), 8)
-        return answer
-
-    class Call:
-        restype = None
-
-        def __call__(self):
-            return 2**64 - 1 if self.restype is ctypes.c_void_p else -1
-
-    kernel = SimpleNamespace(GetCurrentProcess=Call(), K32GetProcessMemoryInfo=info)
-    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
-    assert system.peak_resident() == (300 if answer else 0)
+def test_peak_memory_on_windows(windows, monkeypatch):
+    counters = SimpleNamespace(peak_wset=300 * 2**20)
+    process = SimpleNamespace(memory_info=lambda: counters)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    assert system.peak_resident() == 300
 
 
 @POSIX
@@ -166,3 +153,10 @@ def test_only_this_module_calls_posix():
         if re.search(calls, path.read_text(encoding="utf-8"))
     ]
     assert found == ["ohem_mm/system.py"]
+
+
+@pytest.mark.parametrize(("rank", "task", "first"), [(0, 1, True), (1, 0, False)])
+def test_torchrun_inside_a_task_of_slurm_has_one_first_rank(monkeypatch, rank, task, first):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("SLURM_PROCID", str(task))
+    assert is_first_rank() == first
