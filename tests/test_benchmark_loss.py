@@ -166,10 +166,11 @@ def test_peak_memory_of_known_tensors(tool):
 @pytest.mark.parametrize("shape", ["2x19x128x256/8", "2x4x64x64/1", "1x40x128x128/4"])
 @pytest.mark.parametrize("hard", [0.1, 0.3])
 def test_share_of_hard_pixels(tool, shape, hard):
-    problem = problems.make_problem(problems.parse_shape(shape), "cpu", hard)
-    assert problem.truth.hard == pytest.approx(hard, abs=0.03)
-    assert problem.logits.shape[2:] == problem.shape.small
-    assert problem.labels.shape == (problem.shape.n, problem.shape.height, problem.shape.width)
+    shape = problems.parse_shape(shape)
+    problem = problems.make_problem(shape, "cpu", hard)
+    assert problem.hard == pytest.approx(hard, abs=0.03)
+    assert problem.logits.shape == (shape.n, shape.c, *shape.small)
+    assert problem.labels.shape == (shape.n, shape.height, shape.width)
 
 
 def test_sweeps_and_plots(tool, out, capsys):

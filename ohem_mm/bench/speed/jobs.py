@@ -10,16 +10,9 @@ import torch
 from torch import Tensor
 
 from ohem_mm.bench.heads import make_samples
-from ohem_mm.bench.speed.problems import (
-    TOLERANCE,
-    Problem,
-    Shape,
-    check,
-    make_labels,
-    measure_truth,
-)
+from ohem_mm.bench.speed.problems import Problem, Shape, check, image_floor, make_labels, measure
 from ohem_mm.bench.speed.providers import PROVIDERS, UnavailableError, need_backend, need_mmseg
-from ohem_mm.bench.speed.values import backend
+from ohem_mm.bench.speed.values import backend, expected
 from ohem_mm.config import config_path
 
 NETWORKS = {
@@ -37,18 +30,14 @@ class Job(NamedTuple):
     reset: Callable[[], None]  # drops what a step leaves behind
 
 
-def head_job(name: str, problem: Problem, acc_seg: bool) -> Job:
+def head_job(name: str, problem: Problem, acc_seg: bool, shape: Shape) -> Job:
     """A head step in two phases, forward and backward; its value is checked first."""
-    step = PROVIDERS[name].build(problem, acc_seg)
+    step, where = PROVIDERS[name].build(problem, acc_seg), f"{name} at {shape}"
     value, seen = step(problem.logits)
-    check(
-        f"the loss of {name} at {problem.shape}",
-        float(value.detach()),
-        float(PROVIDERS[name].rule(problem.truth)),
-        TOLERANCE + problem.truth.unsure,
-    )
+    wanted = expected(PROVIDERS[name].value, problem)
+    check(f"the loss of {where}", float(value.detach()), wanted, problem.unsure)
     if seen is not None:
-        check(f"acc_seg of {name} at {problem.shape}", float(seen), problem.truth.accuracy)
+        check(f"acc_seg of {where}", float(seen), problem.accuracy)
     del value, seen
     losses: list[Tensor] = []
 
@@ -84,7 +73,7 @@ def network_job(name: str, network: str, shape: Shape, device: str) -> tuple[Job
     heads = [head for head in model.modules() if isinstance(head, BaseDecodeHead)]
     for head in heads:
         if head.sampler is not None:
-            head.sampler.min_kept = shape.floor
+            head.sampler.min_kept = image_floor(shape.height * shape.width)
             if "top-k" in name:
                 head.sampler.thresh = None
     if provider.fused:
@@ -112,14 +101,14 @@ def network_job(name: str, network: str, shape: Shape, device: str) -> tuple[Job
         losses = model(**model.data_preprocessor(data, True), mode="loss")
     for hook in hooks:
         hook.remove()
-    truths = [measure_truth(logits, labels) for logits in seen]
-    expected = sum(float(provider.rule(truth)) for truth in truths)
+    problems = [measure(logits, labels) for logits in seen]
+    wanted = sum(expected(provider.value, each) for each in problems)
     value = sum(float(loss) for key, loss in losses.items() if "loss" in key)
-    unsure = max(truth.unsure for truth in truths)
-    check(f"the loss of {name} in {network}", value, expected, TOLERANCE + unsure)
+    unsure = max(each.unsure for each in problems)
+    check(f"the loss of {name} in {network}", value, wanted, unsure)
 
     def step() -> None:
         with backend(provider.backend):
             model.train_step(data, wrapper)
 
-    return Job(name, True, [step], lambda: model.zero_grad(set_to_none=True)), truths[0].hard
+    return Job(name, True, [step], lambda: model.zero_grad(set_to_none=True)), problems[0].hard

@@ -55,14 +55,9 @@ class Shape(NamedTuple):
         """Size of the images of an iteration."""
         return f"{self.n}x{self.height}x{self.width}"
 
-    @property
-    def floor(self) -> int:
-        """Pixels of one image that are kept at least: the sampler's reading of ``SHARE``."""
-        return image_floor(self.height * self.width)
-
 
 def image_floor(pixels: int) -> int:
-    """Pixels of an image of so many that are kept at least."""
+    """Pixels of an image of so many that are kept at least: the sampler's reading of ``SHARE``."""
     return max(2, int(pixels * SHARE))
 
 
@@ -92,12 +87,12 @@ def parse_image(text: str) -> Shape:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What is known of some logits, in float64.
+class Problem:
+    """Logits and labels, and what is known of them in float64.
 
     Attributes:
-        logits: As given, (N, C, h, w).
-        labels: As given, (N, H, W).
+        logits: float32, (N, C, h, w).
+        labels: int64, (N, H, W).
         pairs: Logits of two channels with the same loss and true-class probability as those of the
             upsampled logits, float64, (N, 2, H, W). Rules of mining look at nothing else.
         target: The labels of ``pairs``: 0, or ``IGNORE``.
@@ -120,21 +115,10 @@ class Truth:
         return image_floor(self.labels[0].numel())
 
 
-class Problem(NamedTuple):
-    """Input of one head step and what is known about it."""
-
-    shape: Shape
-    logits: Tensor  # float32 leaf, (N, C, h, w)
-    labels: Tensor  # int64, (N, H, W)
-    truth: Truth
-
-
 def make_labels(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Patches of 8 x 8 cells; one in twenty is ignored.
+    """Labels in patches of 8 x 8 cells, of which one in twenty is ignored; int64.
 
-    Returns:
-        Labels at the size of the logits, without ignored ones, (N, 1, h, w), and at full size,
-        (N, H, W), both int64.
+    First at the size of the logits, without ignored ones, (N, 1, h, w), then full, (N, H, W).
     """
     h, w = shape.small
     grid = (shape.n, 1, math.ceil(h / 8), math.ceil(w / 8))
@@ -161,11 +145,10 @@ def make_problem(shape: Shape, device: str, hard: float = HARD) -> Problem:
     low, high = -10.0, 40.0
     for _ in range(16):
         margin = (low + high) / 2
-        too_hard = measure_truth(noise[part] + margin * hot[part], corner).hard > hard
+        too_hard = measure(noise[part] + margin * hot[part], corner).hard > hard
         low, high = (margin, high) if too_hard else (low, margin)
     leaf = (noise + margin * hot).to(device).requires_grad_()
-    labels = labels.to(device)
-    return Problem(shape, leaf, labels, measure_truth(leaf, labels))
+    return measure(leaf, labels.to(device))
 
 
 def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
@@ -174,7 +157,7 @@ def upsampled(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_truth(logits: Tensor, labels: Tensor) -> Truth:
+def measure(logits: Tensor, labels: Tensor) -> Problem:
     """Upsample and compute cross-entropy in float64, one image at a time."""
     losses, hits = [], 0
     valid = labels != IGNORE
@@ -192,10 +175,12 @@ def measure_truth(logits: Tensor, labels: Tensor) -> Truth:
     hard, unsure = int((beyond > 0).sum()), int((beyond.abs() < 2e-6).sum())
     target = torch.where(valid, 0, IGNORE)
     shares = {"accuracy": 100 * hits / count, "hard": hard / count, "unsure": unsure / max(1, hard)}
-    return Truth(logits.detach(), labels, pairs, target, **shares)
+    return Problem(logits, labels, pairs, target, **shares)
 
 
-def check(what: str, value: float, expected: float, tolerance: float = TOLERANCE) -> None:
+def check(
+    what: str, value: float, expected: float, unsure: float = 0, tolerance: float = TOLERANCE
+) -> None:
     """Raise :class:`WrongValueError` where a value is not the expected one, or not a number."""
-    if not abs(value - expected) <= tolerance * abs(expected):
+    if not abs(value - expected) <= (tolerance + unsure) * abs(expected):
         raise WrongValueError(f"{what} is {value!r}, but it should be {expected!r}")

@@ -1,12 +1,13 @@
 """The losses that the speed benchmark compares.
 
-A provider is a function that builds a step for a problem, and the rule that says in float64 what
-its value must be. To add one: write both and give them a line in ``PROVIDERS``.
+A provider is a function that builds a step for a problem, and the names of the float64 values that
+make up its own. To add one: write the function and give it a line in ``PROVIDERS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ops
 from ohem_mm.bench.heads import bare_head, make_samples
 from ohem_mm.bench.peers import submodule
-from ohem_mm.bench.speed import values
-from ohem_mm.bench.speed.problems import IGNORE, SHARE, THRESH, Problem, upsampled
-from ohem_mm.bench.speed.values import Rule, backend, cross_entropy
+from ohem_mm.bench.speed.problems import IGNORE, THRESH, Problem, upsampled
+from ohem_mm.bench.speed.values import OHEM as RULE
+from ohem_mm.bench.speed.values import backend, cross_entropy
 from ohem_mm.errors import UserError
 from ohem_mm.joint import joint_losses
 
@@ -27,10 +28,11 @@ BASELINE = "mmseg sampler thresh"
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # small logits to loss and acc_seg
 Build = Callable[[Problem, bool], Step]  # the bool asks for acc_seg
+Loss = Callable[[Tensor, Tensor], Tensor]  # of full-size logits and labels
 Settings = dict[str, Any]
 
 # Configs of our losses, and of those of mmseg.
-OHEM = {"type": "OhemCrossEntropyLoss", "thresh": THRESH, "min_kept": SHARE}
+OHEM = {"type": "OhemCrossEntropyLoss", **RULE}
 CE = {"type": "OhemCrossEntropyLoss", "thresh": None, "min_kept": 1.0, "loss_name": "loss_ce"}
 DICE = {"type": "RegionLoss"}
 MMSEG_CE = {"type": "CrossEntropyLoss"}
@@ -71,7 +73,7 @@ def build_head(problem: Problem, losses: Sequence[Settings], sampler: Settings |
     """A decode head of mmseg for a problem."""
     need_mmseg()
     loss = losses[0] if len(losses) == 1 else list(losses)
-    head = bare_head(problem.shape.c, loss, sampler=sampler)
+    head = bare_head(problem.logits.shape[1], loss, sampler=sampler)
     return head.to(problem.logits.device)
 
 
@@ -143,39 +145,41 @@ def in_head(*settings: Settings, sampler: Settings | None = None) -> Build:
     """Losses of mmseg in a head, with or without a sampler."""
 
     def build(problem: Problem, acc_seg: bool) -> Step:
-        own = None if sampler is None else {**sampler, "min_kept": problem.shape.floor}
-        head, labels = build_head(problem, settings, own), problem.labels
+        own = None if sampler is None else {**sampler, "min_kept": problem.floor}
+        head = build_head(problem, settings, own)
         if acc_seg:
             return by_feat(head, problem)
         losses = [head.loss_decode] if len(settings) == 1 else head.loss_decode
 
-        def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            wide = upsampled(logits, labels)
-            options = {"weight": None, "ignore_index": IGNORE}
-            if head.sampler is not None:
-                options["weight"] = head.sampler.sample(wide, labels[:, None])
-            return total([loss(wide, labels, **options) for loss in losses]), None
+        def summed(wide: Tensor, labels: Tensor) -> Tensor:
+            weight = None if own is None else head.sampler.sample(wide, labels[:, None])
+            return total([loss(wide, labels, weight, ignore_index=IGNORE) for loss in losses])
 
-        return step
+        return full_size(problem, summed)
 
     return build
+
+
+def full_size(problem: Problem, loss: Loss, see: Loss | None = None) -> Step:
+    """Upsampling, then a loss of full-size logits, and the accuracy there."""
+
+    def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide = upsampled(logits, problem.labels)
+        seen = None if see is None else see(wide, problem.labels)
+        return loss(wide, problem.labels), seen
+
+    return step
 
 
 def mmseg_loss(problem: Problem, acc_seg: bool) -> Step:
     """mmseg's OhemCrossEntropy, which ordinary heads cannot call."""
     need_mmseg()
-    from mmseg.models.losses import OhemCrossEntropy
-    from mmseg.models.losses import accuracy as mmseg_accuracy
+    from mmseg.models import losses
 
-    shape, labels = problem.shape, problem.labels
-    loss = OhemCrossEntropy(thres=THRESH, min_kept=shape.floor * shape.n, ignore_label=IGNORE)
-
-    def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        wide = upsampled(logits, labels)
-        seen = mmseg_accuracy(wide, labels, ignore_index=IGNORE) if acc_seg else None
-        return loss(wide, labels), seen
-
-    return step
+    floor = problem.floor * len(problem.labels)
+    loss = losses.OhemCrossEntropy(thres=THRESH, min_kept=floor, ignore_label=IGNORE)
+    see = partial(losses.accuracy, ignore_index=IGNORE)
+    return full_size(problem, loss, see if acc_seg else None)
 
 
 def smp_dice(problem: Problem, acc_seg: bool) -> Step:
@@ -184,29 +188,21 @@ def smp_dice(problem: Problem, acc_seg: bool) -> Step:
         losses = submodule("segmentation_models_pytorch", "losses")
     except ImportError as error:
         raise UnavailableError(f"it needs segmentation_models_pytorch ({error})") from error
-    loss, labels = losses.DiceLoss("multiclass", ignore_index=IGNORE), problem.labels
+    dice = losses.DiceLoss("multiclass", ignore_index=IGNORE)
 
-    def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        wide = upsampled(logits, labels)
-        value = cross_entropy(wide, labels) + loss(wide, labels)
-        return value, accuracy(wide, labels) if acc_seg else None
+    def summed(wide: Tensor, labels: Tensor) -> Tensor:
+        value: Tensor = cross_entropy(wide, labels) + dice(wide, labels)
+        return value
 
-    return step
+    return full_size(problem, summed, accuracy if acc_seg else None)
 
 
-def compiled(loss: Callable[[Tensor, Tensor], Tensor]) -> Build:
+def compiled(loss: Loss) -> Build:
     """The whole expression under torch.compile."""
 
     def build(problem: Problem, acc_seg: bool) -> Step:
-        def expression(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-            wide = upsampled(logits, labels)
-            return loss(wide, labels), accuracy(wide, labels) if acc_seg else None
-
-        fast = torch.compile(expression, dynamic=False)
-
-        def step(logits: Tensor) -> tuple[Tensor, Tensor | None]:
-            return fast(logits, problem.labels)
-
+        expression = full_size(problem, loss, accuracy if acc_seg else None)
+        step: Step = torch.compile(expression, dynamic=False)
         try:
             step(problem.logits)[0].backward()  # type: ignore[no-untyped-call]
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
@@ -221,42 +217,34 @@ class Provider(NamedTuple):
     """One way to compute a loss."""
 
     build: Build
-    rule: Rule  # its value
-    variant: str | None = None  # which twin of a config has it; None: none
+    value: str  # what it must be, of ``VALUES``
+    # In a network: which twin of a config has it (None: none), and how it is run there.
+    variant: str | None = None
     backend: str | None = None
     fused: bool = False
 
 
-_CE_DICE = values.both(values.valid_mean, values.dice)
 PROVIDERS = {
-    "ohem_mm fused hook": Provider(fused(OHEM), values.ohem, "-ohem", fused=True),
-    "ohem_mm triton": Provider(direct("triton", OHEM), values.ohem, "-ohem", "triton"),
-    "ohem_mm portable": Provider(direct("portable", OHEM), values.ohem, "-ohem", "portable"),
-    "ohem_mm eager": Provider(direct("eager", OHEM), values.ohem, "-ohem", "eager"),
-    "ohem_mm compiled": Provider(compiled(build_loss(OHEM)), values.ohem),
-    BASELINE: Provider(in_head(MMSEG_CE, sampler=SAMPLER), values.sampler, "-sampler"),
+    "ohem_mm fused hook": Provider(fused(OHEM), "ohem", "-ohem", fused=True),
+    "ohem_mm triton": Provider(direct("triton", OHEM), "ohem", "-ohem", "triton"),
+    "ohem_mm portable": Provider(direct("portable", OHEM), "ohem", "-ohem", "portable"),
+    "ohem_mm eager": Provider(direct("eager", OHEM), "ohem", "-ohem", "eager"),
+    "ohem_mm compiled": Provider(compiled(build_loss(OHEM)), "ohem"),
+    BASELINE: Provider(in_head(MMSEG_CE, sampler=SAMPLER), "mmseg sampler", "-sampler"),
     "mmseg sampler top-k": Provider(
-        in_head(MMSEG_CE, sampler={**SAMPLER, "thresh": None}), values.sampler_topk, "-sampler"
+        in_head(MMSEG_CE, sampler={**SAMPLER, "thresh": None}), "mmseg top-k", "-sampler"
     ),
-    "mmseg OhemCrossEntropy": Provider(mmseg_loss, values.mmseg_ohem),
-    "plain CE": Provider(in_head(MMSEG_CE), values.plain, ""),
-    "plain CE compiled": Provider(compiled(cross_entropy), values.plain),
+    "mmseg OhemCrossEntropy": Provider(mmseg_loss, "mmseg ohem"),
+    "plain CE": Provider(in_head(MMSEG_CE), "mmseg ce", ""),
+    "plain CE compiled": Provider(compiled(cross_entropy), "mmseg ce"),
     # The region term. OHEM + Dice against `ohem_mm portable` is what it costs beside mining.
-    "CE + Dice (hook)": Provider(fused(CE, DICE), _CE_DICE, fused=True),
-    "CE + Dice (row bands)": Provider(direct("portable", CE, DICE), _CE_DICE, backend="portable"),
-    "CE + Dice (full size)": Provider(direct("eager", CE, DICE), _CE_DICE, backend="eager"),
-    "OHEM + Dice (row bands)": Provider(
-        direct("portable", OHEM, DICE), values.both(values.ohem, values.dice), backend="portable"
-    ),
-    "CE + mmseg DiceLoss": Provider(
-        in_head(MMSEG_CE, MMSEG_DICE), values.both(values.plain, values.mmseg_dice)
-    ),
-    "CE + mmseg LovaszLoss": Provider(
-        in_head(MMSEG_CE, LOVASZ), values.both(values.plain, values.lovasz)
-    ),
-    "CE + smp DiceLoss": Provider(
-        smp_dice, values.both(values.plain, lambda truth: values.dice(truth, "smp-dice"))
-    ),
+    "CE + Dice (hook)": Provider(fused(CE, DICE), "ce + dice"),
+    "CE + Dice (row bands)": Provider(direct("portable", CE, DICE), "ce + dice"),
+    "CE + Dice (full size)": Provider(direct("eager", CE, DICE), "ce + dice"),
+    "OHEM + Dice (row bands)": Provider(direct("portable", OHEM, DICE), "ohem + dice"),
+    "CE + mmseg DiceLoss": Provider(in_head(MMSEG_CE, MMSEG_DICE), "mmseg ce + mmseg dice"),
+    "CE + mmseg LovaszLoss": Provider(in_head(MMSEG_CE, LOVASZ), "mmseg ce + mmseg lovasz"),
+    "CE + smp DiceLoss": Provider(smp_dice, "mmseg ce + smp dice"),
 }
 
 
@@ -264,9 +252,6 @@ def choose_providers(words: Sequence[str] | None) -> list[str]:
     """Names of providers: a word selects the one that is so called, or all that contain it.
 
     Without words, all but the pairs with an overlap loss, whose names have a plus in them.
-
-    Raises:
-        UserError: A word selects none.
     """
     if not words:
         return [name for name in PROVIDERS if " + " not in name]

@@ -50,14 +50,14 @@ def latest(rows: list[Row]) -> dict[Series, list[Row]]:
 
     Times of different runs are not compared.
     """
-    rows = [{**row, **json.loads(row["config"])} for row in rows]
-    last: dict[Series, str] = {}
-    for row in rows:
-        row["label"] = row["provider"] + ("" if row["acc_seg"] else ", no acc_seg")
-        last[_series(row)] = max(row["timestamp"], last.get(_series(row), ""))
     groups: dict[Series, list[Row]] = {}
     for row in rows:
-        if row["timestamp"] == last[_series(row)]:
+        row = {**row, **json.loads(row["config"])}
+        row["label"] = row["provider"] + ("" if row["acc_seg"] else ", no acc_seg")
+        last = groups.get(_series(row), [row])[0]["timestamp"]
+        if row["timestamp"] > last:
+            del groups[_series(row)]
+        if row["timestamp"] >= last:
             groups.setdefault(_series(row), []).append(row)
     return groups
 
@@ -138,11 +138,7 @@ def _sweep_table(rows: list[Row], sweep: str) -> str:
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw time and memory of the last run of each sweep; return the files.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
+    """Draw time and memory of the last run of each sweep; return the files."""
     files = []
     with drawing("loss"):
         from matplotlib.figure import Figure

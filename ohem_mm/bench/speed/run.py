@@ -69,15 +69,7 @@ def byte_floor(shape: Shape) -> int:
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
-    """Measure all that was asked for; return rows for the records.
-
-    Args:
-        args: The tool's options.
-        argv: The same, as they were typed.
-
-    Raises:
-        WrongValueError: A provider does not compute what it should.
-    """
+    """Measure all that the options ask for, which stand as typed in ``argv``; return the rows."""
     need("rich")
     from rich.console import Console
     from rich.progress import Progress
@@ -132,7 +124,7 @@ def make_jobs(
                 if problem is None:
                     job, hard = network_job(name, point.kernel, point.shape, args.device)
                 else:
-                    job, hard = head_job(name, problem, acc_seg), problem.truth.hard
+                    job, hard = head_job(name, problem, acc_seg, point.shape), problem.hard
             except UnavailableError as reason:
                 say(f"{name} is left out: {reason}")
             else:

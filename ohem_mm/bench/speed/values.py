@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,12 @@ from ohem_mm.bench.speed.problems import (
     IGNORE,
     SHARE,
     THRESH,
+    Problem,
     Shape,
-    Truth,
     check,
     make_problem,
     upsampled,
 )
-
-Rule = Callable[[Truth], Tensor]
 
 
 @contextlib.contextmanager
@@ -45,69 +44,25 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / labels.numel()
 
 
-def plain(truth: Truth) -> Tensor:
-    """Cross-entropy of mmseg."""
-    return cross_entropy(truth.pairs, truth.target)
-
-
-def valid_mean(truth: Truth) -> Tensor:
-    """Cross-entropy over the valid pixels."""
-    return F.cross_entropy(truth.pairs, truth.target, ignore_index=IGNORE)
-
-
-def ohem(truth: Truth) -> Tensor:
-    """Our loss."""
-    with backend("eager"):
-        return ohem_cross_entropy(truth.pairs, truth.target, thresh=THRESH, min_kept=SHARE)
-
-
-def sampler(truth: Truth) -> Tensor:
-    """The sampler of mmseg."""
-    return reference.mmseg_sampler(truth.pairs, truth.target, thresh=THRESH, min_kept=truth.floor)
-
-
-def sampler_topk(truth: Truth) -> Tensor:
-    """The same without a threshold."""
-    return reference.mmseg_sampler_topk(truth.pairs, truth.target, min_kept=truth.floor)
-
-
-def mmseg_ohem(truth: Truth) -> Tensor:
-    """OhemCrossEntropy of mmseg."""
-    k = truth.floor * len(truth.target)
-    return reference.hrnet(truth.pairs, truth.target, thresh=THRESH, min_kept=k)
-
-
-def dice(truth: Truth, preset: str | None = None) -> Tensor:
-    """Our region term."""
-    with backend("portable"):
-        value: Tensor = RegionLoss(preset=preset)(truth.logits.double(), truth.labels)
-    return value
-
-
-def both(first: Rule, second: Rule) -> Rule:
-    """The sum of two."""
-    return lambda truth: first(truth) + second(truth)
-
-
-def _probabilities(truth: Truth) -> Iterator[tuple[Tensor, Tensor]]:
+def _probabilities(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each image the probabilities, float64, (C, H, W), and the labels."""
-    for image, labels in zip(truth.logits, truth.labels, strict=True):
+    for image, labels in zip(problem.logits, problem.labels, strict=True):
         yield upsampled(image[None].double(), labels[None]).softmax(1)[0], labels
 
 
-def mmseg_dice(truth: Truth) -> Tensor:
+def _mmseg_dice(problem: Problem) -> Tensor:
     """DiceLoss of mmseg, in which what is predicted at ignored pixels counts."""
     losses = []
-    for p, labels in _probabilities(truth):
+    for p, labels in _probabilities(problem):
         hit = p.gather(0, torch.where(labels == IGNORE, 0, labels)[None])[0]
         hit = torch.where(labels == IGNORE, 0, hit).sum()
         losses.append(1 - 2 * hit / (p.square().sum() + (labels != IGNORE).sum() + 2e-3))
     return torch.stack(losses).mean()
 
 
-def lovasz(truth: Truth) -> Tensor:
+def _lovasz(problem: Problem) -> Tensor:
     """Lovasz extension of the Jaccard loss of each class present; Berman et al., CVPR 2018."""
-    parts = [(p.float()[:, t != IGNORE], t[t != IGNORE]) for p, t in _probabilities(truth)]
+    parts = [(p.float()[:, t != IGNORE], t[t != IGNORE]) for p, t in _probabilities(problem)]
     p, labels = torch.cat([p for p, _ in parts], 1), torch.cat([t for _, t in parts])
     losses = []
     for place, own in enumerate(p):
@@ -120,11 +75,49 @@ def lovasz(truth: Truth) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def _ohem(problem: Problem) -> Tensor:
+    with backend("eager"):
+        return ohem_cross_entropy(problem.pairs, problem.target, **OHEM)
+
+
+def _region(problem: Problem, preset: str | None = None) -> Tensor:
+    with backend("portable"):
+        value: Tensor = RegionLoss(preset=preset)(problem.logits.double(), problem.labels)
+    return value
+
+
+OHEM: dict[str, Any] = {"thresh": THRESH, "min_kept": SHARE}
+VALUES: dict[str, Callable[[Problem], Tensor]] = {
+    "ohem": _ohem,
+    "dice": _region,
+    "smp dice": lambda p: _region(p, "smp-dice"),
+    # Cross-entropy over the valid pixels, and as mmseg averages it.
+    "ce": lambda p: F.cross_entropy(p.pairs, p.target, ignore_index=IGNORE),
+    "mmseg ce": lambda p: cross_entropy(p.pairs, p.target),
+    "mmseg sampler": lambda p: reference.mmseg_sampler(
+        p.pairs, p.target, thresh=THRESH, min_kept=p.floor
+    ),
+    "mmseg top-k": lambda p: reference.mmseg_sampler_topk(p.pairs, p.target, min_kept=p.floor),
+    "mmseg ohem": lambda p: reference.hrnet(
+        p.pairs, p.target, thresh=THRESH, min_kept=p.floor * len(p.target)
+    ),
+    "mmseg dice": _mmseg_dice,
+    "mmseg lovasz": _lovasz,
+}
+
+
+@torch.no_grad()
+def expected(rule: str, problem: Problem) -> float:
+    """The value of one of ``VALUES``, or of several that are joined by a plus."""
+    return sum(float(VALUES[name](problem)) for name in rule.split(" + "))
+
+
 def check_formula() -> None:
     """Compare the float64 paths that check our own providers with the oracle, on a small input."""
     problem = make_problem(Shape(2, 5, 24, 32, 4), "cpu")
     logits, labels = problem.logits.detach(), problem.labels
-    oracle = reference.ohem_cross_entropy(logits, labels, thresh=THRESH, min_kept=SHARE)
-    check("the float64 formula on a small input", float(ohem(problem.truth)), float(oracle), 1e-9)
-    oracle = reference.region_loss(logits, labels)
-    check("that of the overlap on a small input", float(dice(problem.truth)), float(oracle), 1e-9)
+    oracle = reference.ohem_cross_entropy(logits, labels, **OHEM)
+    value = expected("ohem", problem)
+    check("the float64 formula on a small input", value, float(oracle), tolerance=1e-9)
+    oracle, value = reference.region_loss(logits, labels), expected("dice", problem)
+    check("that of the overlap on a small input", value, float(oracle), tolerance=1e-9)
