@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Describe = Callable[[Tensor, Tensor], str]
+
+class Case(NamedTuple):
+    """Logits (1, C, H, W) and labels (1, H, W), with 255 for ignored, and what else is given."""
+
+    logits: Tensor
+    target: Tensor
+    more: Mapping[str, Any] = {}
 
 
-def tried(loss: Callable[[Tensor], Any], logits: Tensor, describe: Describe) -> str:
-    """Run one implementation on one case and say what came out.
+def tried(
+    loss: Callable[[Tensor], Any], logits: Tensor, describe: Callable[[Tensor, Tensor], str]
+) -> str:
+    """What ``describe`` says of the loss of some logits and of its gradient, or what went wrong.
 
-    Args:
-        loss: The implementation, with everything but the logits given.
-        logits: The logits.
-        describe: What is said of a loss and of its gradient by the logits.
-
-    Returns:
-        The cell. An exception is named; of a NotImplementedError, the message is shown.
+    An exception is named; of a NotImplementedError, the message is shown.
     """
     logits = logits.clone().requires_grad_()
     try:
@@ -42,18 +44,9 @@ def tried(loss: Callable[[Tensor], Any], logits: Tensor, describe: Describe) -> 
 
 
 def markdown(
-    head: Iterable[str], cases: Mapping[str, Any], row: Callable[[str, Any], Iterable[str]]
+    head: Iterable[str], cases: Mapping[str, Case], row: Callable[[str, Case], Iterable[str]]
 ) -> str:
-    """A table in Markdown, with a row for each case.
-
-    Args:
-        head: The implementations.
-        cases: The cases by name.
-        row: The cells of a case, given its name and itself.
-
-    Returns:
-        The table.
-    """
+    """A table in Markdown: a column for each implementation, and the ``row`` of each case."""
     rows = [["", *head]]
     rows.append(["---"] * len(rows[0]))
     with warnings.catch_warnings():

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ohem_mm import OhemCrossEntropyLoss, reference
-from ohem_mm.bench.edge_cases import markdown, tried
+from ohem_mm.bench.edge_cases import Case, markdown, tried
 from ohem_mm.bench.heads import bare_head, make_samples
 
-Case = dict[str, Any]
 RECORD = Path(__file__).with_name("paddleseg.json")
 K = 4  # the floor in pixels; cases have 8 valid pixels unless they say otherwise
 
@@ -41,24 +40,18 @@ def cases() -> dict[str, Case]:
     few[0, 0, 3] = 255  # three valid pixels
     broken = logits.clone()
     broken[0, 0, 0, 0] = torch.nan
+    binary = target.clamp(max=1) + 254 * (target == 255)
     return {
-        "all ignored": {"logits": logits, "target": torch.full_like(target, 255)},
-        "one valid, easy pixel": {"logits": easy, "target": one},
-        "all easy": {"logits": easy, "target": target},
-        "all tied": {"logits": torch.zeros_like(logits), "target": target, "thresh": 0.2},
-        "n < k": {"logits": easy, "target": few},
-        "NaN logit": {"logits": broken, "target": target},
-        "out_channels=1": {
-            "logits": logits[:, :1],
-            "target": target.clamp(max=1) + 254 * (target == 255),
-        },
-        "class_weight + ignore": {
-            "logits": logits,
-            "target": target,
-            "class_weight": [1.0, 2.0, 3.0],
-        },
-        "fp16 saturation": {"logits": (logits.sign() * 60000).half(), "target": target},
-        "min_kept=0": {"logits": logits, "target": target, "min_kept": 0},
+        "all ignored": Case(logits, torch.full_like(target, 255)),
+        "one valid, easy pixel": Case(easy, one),
+        "all easy": Case(easy, target),
+        "all tied": Case(torch.zeros_like(logits), target, {"thresh": 0.2}),
+        "n < k": Case(easy, few),
+        "NaN logit": Case(broken, target),
+        "out_channels=1": Case(logits[:, :1], binary),
+        "class_weight + ignore": Case(logits, target, {"class_weight": [1.0, 2.0, 3.0]}),
+        "fp16 saturation": Case((logits.sign() * 60000).half(), target),
+        "min_kept=0": Case(logits, target, {"min_kept": 0}),
     }
 
 
@@ -72,18 +65,12 @@ def sampler(thresh: bool) -> Callable[..., Any]:
 
     def call(logits: Tensor, target: Tensor, **rule: Any) -> Any:
         binary = logits.shape[1] == 1
+        loss = {"type": "CrossEntropyLoss", "use_sigmoid": binary}
+        mining = {"type": "OHEMPixelSampler", "min_kept": rule["min_kept"]}
         head = bare_head(
             2 if binary else 3,
-            {
-                "type": "CrossEntropyLoss",
-                "use_sigmoid": binary,
-                "class_weight": rule.get("class_weight"),
-            },
-            sampler={
-                "type": "OHEMPixelSampler",
-                "thresh": rule["thresh"] if thresh else None,
-                "min_kept": rule["min_kept"],
-            },
+            loss | {"class_weight": rule.get("class_weight")},
+            sampler=mining | {"thresh": rule["thresh"] if thresh else None},
             out_channels=1 if binary else 3,
             threshold=0.5 if binary else None,
         )
@@ -147,8 +134,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any] | None] = {
 
 def cell(implementation: Callable[..., Any], case: Case) -> str:
     """What one implementation does on one case: the loss, and how many pixels are trained."""
-    rule: dict[str, Any] = {"thresh": 0.7, "min_kept": K, **case}
-    logits, target = rule.pop("logits"), rule.pop("target")
+    logits, target, more = case
+    rule = {"thresh": 0.7, "min_kept": K, **more}
 
     def describe(loss: Tensor, grad: Tensor) -> str:
         broken = grad.isnan().any(1)

@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ohem_mm import RegionLoss, reference
-from ohem_mm.bench.edge_cases import markdown, tried
+from ohem_mm.bench.edge_cases import Case, markdown, tried
 from ohem_mm.bench.peers import submodule
 
 Loss = Callable[[Tensor, Tensor], Any]
 
 
-class Case(NamedTuple):
-    """Logits (1, C, H, W) and labels (1, H, W), with 255 for ignored.
-
-    With ``other``, the change of the loss is shown that those logits make.
-    """
-
-    logits: Tensor
-    target: Tensor
-    other: Tensor | None = None
-
-
 def cases() -> dict[str, Case]:
-    """The cases: three classes, of which label 2 is in no pixel unless they say otherwise."""
+    """The cases: three classes; with ``other``, the change is shown that those logits make."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 3, 4, 6, generator=generator)
     target = torch.randint(0, 3, (1, 4, 6), generator=generator)
@@ -60,7 +50,7 @@ def cases() -> dict[str, Case]:
         ),
         "one valid pixel": Case(logits, one),
         "all ignored": Case(logits, torch.full_like(target, 255)),
-        "other logits at ignored pixels": Case(logits, target, other=void),
+        "other logits at ignored pixels": Case(logits, target, {"other": void}),
         "NaN at an ignored pixel": Case(at_ignored, target),
         "NaN at a valid pixel": Case(at_valid, target),
         "uint8 labels": Case(logits, target.to(torch.uint8)),
@@ -69,84 +59,57 @@ def cases() -> dict[str, Case]:
     }
 
 
-def ours(**rule: Any) -> Loss:
+def ours(logits: Tensor, target: Tensor, **rule: Any) -> Any:
     """This package, with settings."""
-
-    def call(logits: Tensor, target: Tensor) -> Any:
-        return RegionLoss(use_sigmoid=logits.shape[1] == 1, **rule)(logits, target)
-
-    return call
+    return RegionLoss(use_sigmoid=logits.shape[1] == 1, **rule)(logits, target)
 
 
-def smp() -> Loss:
+def smp(logits: Tensor, target: Tensor) -> Any:
     """DiceLoss of segmentation_models_pytorch."""
     kind = submodule("segmentation_models_pytorch", "losses").DiceLoss
-
-    def call(logits: Tensor, target: Tensor) -> Any:
-        mode = "binary" if logits.shape[1] == 1 else "multiclass"
-        return kind(mode, ignore_index=255)(logits, target)
-
-    return call
+    mode = "binary" if logits.shape[1] == 1 else "multiclass"
+    return kind(mode, ignore_index=255)(logits, target)
 
 
-def monai() -> Loss:
+def monai(logits: Tensor, target: Tensor) -> Any:
     """DiceLoss of MONAI over the batch."""
-    kind = importlib.import_module("monai.losses").DiceLoss
-
-    def call(logits: Tensor, target: Tensor) -> Any:
-        one = logits.shape[1] == 1
-        loss = kind(softmax=not one, sigmoid=one, to_onehot_y=not one, batch=True, ignore_index=255)
-        return loss(logits, target[:, None])
-
-    return call
+    kind, one = importlib.import_module("monai.losses").DiceLoss, logits.shape[1] == 1
+    loss = kind(softmax=not one, sigmoid=one, to_onehot_y=not one, batch=True, ignore_index=255)
+    return loss(logits, target[:, None])
 
 
-def nnunet() -> Loss:
+def nnunet(logits: Tensor, target: Tensor) -> Any:
     """MemoryEfficientSoftDiceLoss of nnU-Net, with batch_dice and a mask, plus 1."""
     kind = submodule("nnunetv2", "training.loss.dice").MemoryEfficientSoftDiceLoss
-
-    def call(logits: Tensor, target: Tensor) -> Any:
-        one = logits.shape[1] == 1
-        loss = kind(
-            torch.sigmoid if one else lambda z: z.softmax(1),
-            batch_dice=True,
-            smooth=1e-5,
-            ddp=False,
-        )
-        keep = (target != 255)[:, None]
-        labels = torch.where(keep, target[:, None], 0)
-        return 1 + loss(logits, labels.float() if one else labels, loss_mask=keep)
-
-    return call
+    one = logits.shape[1] == 1
+    apply = torch.sigmoid if one else lambda z: z.softmax(1)
+    keep = (target != 255)[:, None]
+    labels = torch.where(keep, target[:, None], 0)
+    loss = kind(apply, batch_dice=True, smooth=1e-5, ddp=False)
+    return 1 + loss(logits, labels.float() if one else labels, loss_mask=keep)
 
 
 def mmseg(name: str, **settings: Any) -> Loss:
     """A loss of mmseg."""
-    losses = importlib.import_module("mmseg.models.losses")
 
     def call(logits: Tensor, target: Tensor) -> Any:
-        one = logits.shape[1] == 1
-        more = {"use_sigmoid": one} if name == "DiceLoss" else {}
+        losses = importlib.import_module("mmseg.models.losses")
+        more = {"use_sigmoid": logits.shape[1] == 1} if name == "DiceLoss" else {}
         return getattr(losses, name)(**settings, **more)(logits, target)
 
     return call
 
 
-def restated(name: str) -> Loss:
-    """A loss of ``ohem_mm.reference``."""
-    return lambda logits, target: reference.REGION_ORIGINALS[name](logits, target)
-
-
-IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
+IMPLEMENTATIONS: dict[str, Loss] = {
     "**ohem_mm**": ours,
-    "**ohem_mm**, all, smooth 1": lambda: ours(classes="all", smooth=1.0),
+    "**ohem_mm**, all, smooth 1": partial(ours, classes="all", smooth=1.0),
     "smp DiceLoss": smp,
     "MONAI DiceLoss": monai,
     "nnU-Net": nnunet,
-    "JDTLosses (restated)": lambda: restated("jdt"),
-    "mmseg DiceLoss": lambda: mmseg("DiceLoss"),
-    "mmseg TverskyLoss": lambda: mmseg("TverskyLoss"),
-    "mmseg LovaszLoss": lambda: mmseg("LovaszLoss", reduction="none", per_image=False),
+    "JDTLosses (restated)": reference.REGION_ORIGINALS["jdt"],
+    "mmseg DiceLoss": mmseg("DiceLoss"),
+    "mmseg TverskyLoss": mmseg("TverskyLoss"),
+    "mmseg LovaszLoss": mmseg("LovaszLoss", reduction="none", per_image=False),
 }
 
 
@@ -154,8 +117,8 @@ def cell(loss: Loss, case: Case) -> str:
     """What one implementation does on one case: the loss, and what is odd about the gradient."""
 
     def describe(value: Tensor, grad: Tensor) -> str:
-        if case.other is not None:
-            change = (loss(case.other, case.target.clone()) - value).item()
+        if "other" in case.more:
+            change = (loss(case.more["other"], case.target.clone()) - value).item()
             return "no change" if abs(change) < 1e-6 else f"{change:+.3f}"
         odd = "" if grad.any() else ", gradient 0"
         return f"{value.item():.3g}{odd if grad.isfinite().all() else ', NaN gradient'}"
@@ -166,9 +129,11 @@ def cell(loss: Loss, case: Case) -> str:
 def table() -> str:
     """The whole table, in Markdown: a row for each case, and what is missing."""
     losses, missing = {}, ""
-    for name, make in IMPLEMENTATIONS.items():
+    logits, target, _ = cases()["all classes present"]
+    for name, loss in IMPLEMENTATIONS.items():
         try:
-            losses[name] = make()
+            loss(logits, target.clone())
+            losses[name] = loss
         except ImportError as error:
             missing += f"\n\nNot installed: {name}: {error}"
 
