@@ -27,12 +27,7 @@ POLL = 0.3  # seconds between two looks at the running jobs
 
 
 def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path) -> None:
-    """Run all jobs that have no record yet.
-
-    Raises:
-        UserError: Something is wrong with the benchmark, or another process runs it.
-        SystemExit: A job failed, or the user stopped the run.
-    """
+    """Run all jobs that have no record yet; SystemExit when one fails, or the user stops them."""
     if args.launcher == "slurm" and not args.partition:
         raise cli.UserError("--launcher slurm needs --partition")
     if args.launcher == "slurm" and shutil.which("srun") is None:
@@ -45,9 +40,10 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path)
         args.threads = benchmark.threads or max(1, (os.cpu_count() or 1) // args.jobs)
         plan = Plan(benchmark, args, folder)
         waiting, done = _waiting(plan, records)
-        total = plan.total(read_records(records))
+        known = read_records(records)
+        total = plan.total(known)
         say(f"{benchmark.title}: {total} jobs, {done} of them finished before ({records})")
-        for line in plan.news(read_records(records)):
+        for line in plan.news(known):
             say(line)
         if not waiting:
             say("nothing is left to run; to run them again, give another file with --records")
@@ -95,7 +91,7 @@ def _run_jobs(plan: Plan, records: Path) -> list[Job]:
                         shares = class_shares(job.cfg, plan.folder / "class_shares.json")
                         job.record["class_shares"] = shares
                         _start(job, slot, args)
-                        display.jobs.append(job)
+                        display.add(job)
                 time.sleep(POLL)
                 for slot, job in list(slots.items()):
                     job.look()
@@ -138,9 +134,8 @@ def _start(job: Job, slot: int, args: argparse.Namespace) -> None:
     environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(args.threads)
     # The package of this process, wherever it was found.
     package = str(Path(ohem_mm.__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [package, environment.get("PYTHONPATH")])
-    )
+    others = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, others]))
     gpus = torch.cuda.device_count()
     if args.launcher == "pytorch":
         options = ["--standalone", f"--nproc_per_node={args.gpus}"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from ohem_mm.disk import read_json
 # After cli, which says what to install when mmengine is missing.
 from mmengine.config import Config  # isort: skip
 
+NO_OPTIONS = {"cfg_options": {}, "launcher": "none", "work_dir": "", "local_rank": 0}
+
 
 @dataclass(eq=False)
 class Job:
@@ -30,7 +31,7 @@ class Job:
     record: dict[str, Any]  # what is known of the record before the run
     process: subprocess.Popen[bytes] | None = None
     state: dict[str, Any] = field(default_factory=lambda: {"text": "starting", "share": 0.0})
-    first: tuple[float, float] | None = None  # time and share when progress was first seen
+    first: float = 0.0  # the share that was seen first
 
     @property
     def log(self) -> Path:
@@ -45,16 +46,7 @@ class Job:
     def look(self) -> None:
         """Read how far the process is."""
         self.state = read_json(self.folder / "progress.json") or self.state
-        if self.first is None and self.share > 0:
-            self.first = time.monotonic(), self.share
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Of the training."""
-        if self.first is None or self.share == self.first[1]:
-            return None
-        rate = (time.monotonic() - self.first[0]) / (self.share - self.first[1])
-        return rate * (1 - self.share)
+        self.first = self.first or self.share
 
 
 class Plan:
@@ -62,14 +54,6 @@ class Plan:
 
     With ``tune`` not all of them are known at once: which value a variant keeps is seen when its
     tuning is done.
-
-    Args:
-        benchmark: The benchmark file.
-        args: The tool's command line.
-        folder: Where the jobs work.
-
-    Raises:
-        UserError: Something in the benchmark file or on the command line does not fit.
     """
 
     def __init__(self, benchmark: Benchmark, args: argparse.Namespace, folder: Path) -> None:
@@ -92,15 +76,8 @@ class Plan:
             variant = benchmark.variants[name]
             try:
                 if variant.config not in read:
-                    read[variant.config] = cli.load_config(
-                        argparse.Namespace(
-                            config=variant.config,
-                            cfg_options={},
-                            launcher="none",
-                            work_dir="",
-                            local_rank=0,
-                        )
-                    )
+                    line = argparse.Namespace(config=variant.config, **NO_OPTIONS)
+                    read[variant.config] = cli.load_config(line)
                 for value in self.tune.values if self.tune else [self.at]:
                     built = build_config(benchmark, variant, value, args, read[variant.config])
                     self.configs[name, value] = built

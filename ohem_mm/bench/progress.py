@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,66 +21,54 @@ def say(text: str) -> None:
 
 
 class Display:
-    """Progress of the jobs: bars, or plain lines now and then.
+    """Progress of ``count`` jobs in rich's bars, or, where those are disabled, in plain lines."""
 
-    Attributes:
-        count: How many jobs there are to run.
-        jobs: Those that were started.
-        bars: rich's progress display; None: plain lines.
-    """
+    def __init__(self, bars: Any, count: int) -> None:
+        self.bars, self.count, self.shown = bars, count, time.monotonic()
+        self.whole = bars.add_task("all jobs", total=count, text="")
+        self.tasks: dict[Any, Any] = {}  # the bar of each job that was started
 
-    def __init__(self, count: int, bars: Any = None) -> None:
-        self.count, self.bars = count, bars
-        self.jobs: list[Any] = []
-        self.tasks: dict[str, Any] = {}
-        self.start = self.shown = time.monotonic()
+    def add(self, job: Any) -> None:
+        """Show this job too."""
+        self.tasks[job] = self.bars.add_task(job.name, total=1, text="")
 
     def say(self, text: str) -> None:
         """Print a line, above the bars where there are some."""
-        if self.bars is not None:
-            self.bars.console.print(text, markup=False, highlight=False)
+        if self.bars.disable:
+            say(f"[{clock(self.bars.tasks[0].elapsed)}] {text}")
         else:
-            say(f"[{clock(time.monotonic() - self.start)}] {text}")
+            self.bars.console.print(text, markup=False, highlight=False)
 
     def update(self, running: list[Any], failed: list[Any]) -> None:
         """Show the state of all jobs."""
-        # From the work of this session.
-        work = sum(job.share - job.first[1] for job in self.jobs if job.first)
-        rest = self.count - sum(1 if job in failed else job.share for job in self.jobs)
-        left = clock((time.monotonic() - self.start) / work * rest if work > 0.01 else None)
-        if self.bars is None:
-            if running and time.monotonic() - self.shown > PLAIN_EVERY:
-                self.shown = time.monotonic()
-                jobs = "; ".join(f"{job.name}: {job.state['text']}" for job in running)
-                self.say(f"{jobs}; about {left} left")
-            return
-        finished = sum(job.share == 1 and job not in running for job in self.jobs)
-        text = f"{finished} of {self.count} finished"
-        self._show("all jobs", sum(job.share for job in self.jobs), self.count, text, left)
-        for job in running:
-            self._show(job.name, job.share, 1, job.state["text"], clock(job.seconds_left))
-        for name in self.tasks.keys() - {"all jobs", *(job.name for job in running)}:
-            self.bars.remove_task(self.tasks.pop(name))
-
-    def _show(self, name: str, done: float, total: int, text: str, left: str) -> None:
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name, text=text, left=left)
-        self.bars.update(self.tasks[name], completed=done, total=total, text=text, left=left)
+        for job, task in self.tasks.items():
+            shown = {"text": job.state["text"], "visible": job in running}
+            self.bars.update(task, completed=job.share, **shown)
+        # How long it takes is told from the work of this session.
+        before = sum(job.first for job in self.tasks)
+        done = sum(1 if job in failed else job.share for job in self.tasks) - before
+        text = f"{len(self.tasks) - len(running) - len(failed)} of {self.count} finished"
+        self.bars.update(self.whole, completed=done, total=self.count - before, text=text)
+        if self.bars.disable and running and time.monotonic() - self.shown > PLAIN_EVERY:
+            self.shown = time.monotonic()
+            jobs = "; ".join(f"{job.name}: {job.state['text']}" for job in running)
+            self.say(f"{jobs}; about {clock(self.bars.tasks[0].time_remaining)} left")
 
 
 @contextlib.contextmanager
 def display_for(count: int) -> Iterator[Display]:
-    """Show the progress of so many jobs.
-
-    Raises:
-        UserError: There is a terminal, but not the package that draws bars on it.
-    """
-    if not sys.stdout.isatty():
-        yield Display(count)
-        return
+    """Show the progress of so many jobs; a UserError where rich is missing."""
     need("rich")
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    plain = not sys.stdout.isatty()
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
-    with Progress(*columns, TextColumn("{task.fields[left]} left")) as progress:
-        yield Display(count, progress)
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(quiet=plain),
+        disable=plain,
+        speed_estimate_period=math.inf,  # a validation, in which a job stands still, is no end
+    ) as bars:
+        yield Display(bars, count)
