@@ -23,9 +23,9 @@ from ohem_mm import cli
 from ohem_mm.bench import files, plots, report
 from ohem_mm.bench import records as recs
 from ohem_mm.bench import text as words
-from ohem_mm.bench.job import latest_checkpoint
 from ohem_mm.bench.plan import Plan
 from ohem_mm.bench.results import select
+from ohem_mm.cli.checkpoints import numbered
 from ohem_mm.config import config_path
 
 ROOT = Path(__file__).parents[1]
@@ -716,13 +716,13 @@ def test_config_hash_sees_settings_but_not_places():
 def test_latest_checkpoint_is_a_whole_one(tmp_path):
     import torch
 
-    assert latest_checkpoint(tmp_path) is None
+    assert numbered(tmp_path) == []
     for step in (90, 100, 110):
         torch.save({"x": torch.zeros(1000)}, f"iter_{step}.pth")
     content = Path("iter_110.pth").read_bytes()
     Path("iter_110.pth").write_bytes(content[: len(content) // 2])
     torch.save({}, "best_mIoU_iter_300.pth")
-    assert latest_checkpoint(tmp_path).name == "iter_100.pth"
+    assert numbered(tmp_path)[0].name == "iter_100.pth"
 
 
 def test_quickstart_file():

@@ -26,6 +26,7 @@ from ohem_mm import cli
 from ohem_mm.bench.provenance import provenance
 from ohem_mm.cli.checkpoints import numbered
 from ohem_mm.disk import read_json, write_json
+from ohem_mm.errors import is_first_rank
 from ohem_mm.system import lock, peak_resident
 
 # After cli, which says what to install when mmengine is missing.
@@ -50,16 +51,6 @@ class JobHook(Hook):  # type: ignore[misc]
         self.metric = metric
         self.written = 0.0
         self.notes: dict[str, Any] = {}  # the message hub holds this very object
-
-    def progress(self, runner: Any, text: str, done: int, loss: Any = None) -> None:
-        """Tell the parent, about once a second; ``done`` counts iterations of the training."""
-        if runner.rank > 0 or (time.monotonic() - self.written < 1 and done > 1):
-            return
-        self.written = time.monotonic()
-        if loss is not None:
-            text += f", loss {float(loss):.3f}"
-        share = done / runner.max_iters
-        write_json(self.folder / "progress.json", {"text": text, "share": share})
 
     def before_train(self, runner: Any) -> None:
         """Fingerprint the initial weights; make up for a validation that a kill prevented."""
@@ -89,23 +80,34 @@ class JobHook(Hook):  # type: ignore[misc]
             labels = [sample.gt_sem_seg.data for sample in samples]
             self.notes["batches"].append(digest([*data_batch["inputs"], *labels]))
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    def _after_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+        mode: str = "train",
     ) -> None:
-        """Note the peak memory, and report progress."""
-        self.notes["memory"] = max(self.notes["memory"], peak_memory())
-        loss = outputs.get("loss") if isinstance(outputs, dict) else None
-        done = runner.iter + 1
-        self.progress(runner, f"train {done}/{runner.max_iters}", done, loss)
+        """Note the peak memory of training, and tell the parent about once a second what is done.
 
-    def after_val_iter(self, runner: Any, batch_idx: int, **_: Any) -> None:
-        """Report progress."""
-        self.progress(runner, f"validate {batch_idx + 1}/{len(runner.val_dataloader)}", runner.iter)
-
-    def after_test_iter(self, runner: Any, batch_idx: int, **_: Any) -> None:
-        """Report progress."""
-        text = f"test {batch_idx + 1}/{len(runner.test_dataloader)}"
-        self.progress(runner, text, runner.max_iters)
+        mmengine calls it after each iteration of training, validation and test.
+        """
+        done, loss = runner.iter, None
+        if mode == "train":
+            self.notes["memory"] = max(self.notes["memory"], peak_memory())
+            done, loss = runner.iter + 1, outputs.get("loss") if isinstance(outputs, dict) else None
+            text = f"train {done}/{runner.max_iters}"
+        elif mode == "val":
+            text = f"validate {batch_idx + 1}/{len(runner.val_dataloader)}"
+        else:
+            text = f"test {batch_idx + 1}/{len(runner.test_dataloader)}"
+        if runner.rank > 0 or (time.monotonic() - self.written < 1 and done > 1):
+            return
+        self.written = time.monotonic()
+        if loss is not None:
+            text += f", loss {float(loss):.3f}"
+        progress = {"text": text, "share": done / runner.max_iters}
+        write_json(self.folder / "progress.json", progress)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Add a point to the curve."""
@@ -140,22 +142,14 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: a kill may have torn the last one."""
-    return next(iter(numbered(folder)), None)
-
-
-def run_job(file: Path) -> None:
-    """Train and test one variant with one seed, and write its record beside ``file``."""
+def run_job(folder: Path) -> None:
+    """Train and test one variant with one seed, as ``job.json`` says, and write its record."""
     end_with_parent()
-    folder = file.parent
-    spec = read_json(file)
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    with (folder / "lock").open("w") as file_lock:
-        if rank == 0:
-            lock(file_lock, wait=True)  # a predecessor, whose parent was killed, is about to end
-        record = _train_and_test(spec, folder, provenance())
-    if rank == 0:
+    with (folder / "lock").open("w") as file:
+        if is_first_rank():
+            lock(file, wait=True)  # a predecessor, whose parent was killed, is about to end
+        record = _train_and_test(read_json(folder / "job.json"), folder, provenance())
+    if is_first_rank():
         write_json(folder / "record.json", record)
 
 
@@ -181,9 +175,9 @@ def _train_and_test(
     for _, node in cli.iter_dicts(cfg.test_evaluator):
         if cli.type_name(node) == "IoUMetric":
             node["type"] = BenchmarkIoUMetric.__name__
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is not None:
-        cfg.resume, cfg.load_from = True, str(checkpoint)
+    checkpoints = numbered(folder)
+    if checkpoints:
+        cfg.resume, cfg.load_from = True, str(checkpoints[0])
     runner = cli.build_runner(cfg)
     runner.register_hook(JobHook(folder, spec["metric"]))
     runner.train()
@@ -233,4 +227,4 @@ def _train_and_test(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: run_job(Path(sys.argv[1]))))
+    sys.exit(cli.run(lambda: run_job(Path(sys.argv[1]).parent)))
