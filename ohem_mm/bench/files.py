@@ -110,11 +110,7 @@ class Benchmark:
         return self.path.relative_to(configs).as_posix() if inside else self.path.name
 
     def shared_value(self, value: float) -> float:
-        """Check the value of ``--at``; return it as the file has it.
-
-        Raises:
-            UserError: It is none of the tuned values, or nothing is tuned.
-        """
+        """Check the value of ``--at``; return it as the file has it."""
         if self.tune is None:
             raise cli.UserError(f"--at {value:g}: {self.path} has no tune")
         if value not in self.tune.values:
@@ -141,10 +137,7 @@ _Loader.add_constructor(
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """Read a benchmark file.
-
-    Args:
-        name: Its path, or its name below ``configs/`` (``quickstart/benchmark.yaml``).
+    """Read a benchmark file, given by its path or its name below ``configs/``.
 
     Raises:
         UserError: There is no such file, or something in it is missing, misspelt or out of range.

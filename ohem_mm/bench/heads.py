@@ -10,13 +10,7 @@ from torch import Tensor
 def bare_head(
     num_classes: int, loss: dict[str, Any] | list[dict[str, Any]], **settings: Any
 ) -> Any:
-    """A head without layers before its classifier.
-
-    Args:
-        num_classes: Number of classes.
-        loss: Config of the loss, or of several.
-        **settings: Others of mmseg's FCNHead, such as ``sampler``.
-    """
+    """mmseg's FCNHead, with these settings too, without layers before its classifier."""
     from mmseg.models.decode_heads import FCNHead
 
     one = {"in_channels": 1, "channels": 1, "num_convs": 0, "concat_input": False}

@@ -16,13 +16,7 @@ read, append = Rows(COLUMNS).read, Rows(COLUMNS).append
 
 
 def records(rows: Iterable[Row], command: str, commit: str | None = None) -> list[dict[str, Any]]:
-    """Rows of the report with where they come from.
-
-    Args:
-        rows: Of the report.
-        command: What made them.
-        commit: Of the kernels; None: the one that is checked out.
-    """
+    """Rows of the report with where they come from; the commit is that of the checkout if None."""
     found = provenance()
     commit = commit or (found["commit"] or "")[:7] + ("+" if found["dirty"] else "")
     source = {"triton": versions("triton").get("triton", ""), "commit": commit, "command": command}

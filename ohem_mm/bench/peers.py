@@ -9,16 +9,9 @@ from typing import Any
 
 
 def submodule(package: str, path: str) -> Any:
-    """Import a part of an installed package without running the ``__init__`` at its top.
+    """Import ``package.path`` without running the ``__init__`` of the package.
 
     segmentation_models_pytorch imports torchvision and timm there, nnU-Net half a toolbox.
-
-    Args:
-        package: Name of the package.
-        path: Dotted path of the module or subpackage inside it.
-
-    Returns:
-        The module.
 
     Raises:
         ImportError: The package is not installed, or has no such part.

@@ -12,19 +12,12 @@ from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 
 
 def plot(results: Results, folder: Path) -> list[Path]:
-    """Draw what the records allow, as SVG; the same records give the same bytes.
-
-    Returns:
-        The files: differences of the classes to the baseline, validation curves, heat maps, and
-        the scores over the values of what is tuned.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
+    """Draw what the records allow into SVG files, and return those."""
     name = results.benchmark.name
     drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
+    drawings["tune"] = _draw_tuning
     with drawing(name):
-        figures = {what: draw(results) for what, draw in {**drawings, "tune": _draw_tuning}.items()}
+        figures = {what: draw(results) for what, draw in drawings.items()}
         return [save(f, folder / f"{name}-{what}.svg") for what, f in figures.items() if f]
 
 

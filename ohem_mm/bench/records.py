@@ -23,11 +23,7 @@ def record_key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a file of records; a last line that a kill has torn does not count.
-
-    Raises:
-        UserError: Another line is not a record.
-    """
+    """Read a file of records; a last line that a kill has torn does not count."""
     return _parse(path.read_bytes(), path)[0] if path.is_file() else []
 
 
@@ -66,21 +62,13 @@ class Rows:
     columns: list[str]
 
     def read(self, path: Path) -> list[dict[str, str]]:
-        """All rows of a file.
-
-        Raises:
-            UserError: There are none, or the file has other columns.
-        """
+        """All rows of a file."""
         if not path.is_file():
             raise UserError(f"no records at {str(path)!r}; run without --report first")
         return self._parse(path.read_bytes(), path)
 
     def append(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Append rows to a file, which is made if need be.
-
-        Raises:
-            UserError: The file has other columns.
-        """
+        """Append rows to a file, which is made if need be."""
 
         def more(content: bytes) -> tuple[bytes, int]:
             self._parse(content, path)

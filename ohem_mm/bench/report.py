@@ -60,7 +60,7 @@ def _main_table(results: Results, rows: list[str]) -> str:
             line.append(("seeds", str(len(runs))))
         for title, score in results.scores.items():
             line.append((title, mean_std([*map(score, runs)])))
-            pairs = results.pairs(name, score)
+            pairs = results.differences(name, score)
             against = [(f"vs {benchmark.baseline_label}", difference(pairs))]
             against += [("least", least_shown(pairs))] * bool(tune)
             line += [(head, "" if name == benchmark.baseline else cell) for head, cell in against]
@@ -192,11 +192,7 @@ def _reading(results: Results) -> str:
 
 def _pairing(results: Results) -> str:
     """Whether the fingerprints bear out that the runs of a seed are paired."""
-    benchmark = results.benchmark
-    pairs = []  # variant, run, and the baseline's with the same seed
-    for name, runs in results.runs.items():
-        base = results.runs.get(benchmark.baseline_of(name), {})
-        pairs += [(name, run, base[seed]) for seed, run in runs.items() if seed in base]
+    pairs = [(name, *pair) for name in results.runs for pair in results.pairs(name)]
     if not pairs:
         return ""
     checks: dict[str, Callable[[Run, Run], bool]] = {
@@ -211,7 +207,9 @@ def _pairing(results: Results) -> str:
     for what, same in checks.items():
         others = dict.fromkeys(results.label(name) for name, *pair in pairs if not same(*pair))
         if others:
-            sentences.append(f"Unlike {benchmark.baseline_label}: {what} in {', '.join(others)}.")
+            sentences.append(
+                f"Unlike {results.benchmark.baseline_label}: {what} in {', '.join(others)}."
+            )
     if not sentences:
         sentences = ["Runs of one seed have the same initial weights and order of the images."]
     resumed = sum(bool(run["resumed"]) for run in results.records)
@@ -280,11 +278,7 @@ def _missing(results: Results) -> list[str]:
 
 
 def write(file: Path, name: str, text: str) -> None:
-    """Put a report between its marks in a markdown file.
-
-    Raises:
-        UserError: The file does not exist or lacks the marks.
-    """
+    """Put a report between its marks in a markdown file."""
     start, end = MARKS[0].format(name), MARKS[1]
     if not file.is_file():
         raise UserError(f"there is no page {str(file)!r} to put the report into")

@@ -68,22 +68,21 @@ class Results:
         values = {s: r[self.benchmark.metric[1:]][index] for s, r in self.runs[variant].items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    def pairs(self, variant: str, score: Callable[[Run], float]) -> list[float]:
-        """Differences to the baseline, for the seeds that both have."""
+    def pairs(self, variant: str) -> list[tuple[Run, Run]]:
+        """Its runs with those of the baseline, for the seeds that both have."""
+        runs = self.runs.get(variant, {})
         base = self.runs.get(self.benchmark.baseline_of(variant), {})
-        return [score(run) - score(base[s]) for s, run in self.runs[variant].items() if s in base]
+        return [(run, base[seed]) for seed, run in runs.items() if seed in base]
+
+    def differences(self, variant: str, score: Callable[[Run], float]) -> list[float]:
+        """Of a score to that of the baseline, pair by pair."""
+        return [score(run) - score(base) for run, base in self.pairs(variant)]
 
 
 def select(benchmark: Benchmark, records: list[Run], at: float | None = None) -> Results:
     """Take the records of a benchmark's variants and seeds, of the last version of each config.
 
-    Args:
-        benchmark: The benchmark file.
-        records: All that there are.
-        at: One value of what is tuned for all variants. None: each variant's own best.
-
-    Raises:
-        UserError: There are none, or ``at`` is none of the tuned values.
+    With ``at``, all variants have that value of what is tuned, instead of each one's own best.
     """
     at = None if at is None else benchmark.shared_value(at)
     tune = benchmark.tune
@@ -161,9 +160,9 @@ def grid_maps(results: Results) -> list[GridMap]:
             values: dict[tuple[int, ...], list[float]] = {}
             for variant in benchmark.variants.values():
                 if variant.cell and variant.row == row:
-                    runs = results.runs.get(variant.name, {})
-                    paired = results.pairs(variant.name, score) if runs and is_difference else []
-                    values[variant.cell] = paired if is_difference else [*map(score, runs.values())]
+                    scores = [*map(score, results.runs.get(variant.name, {}).values())]
+                    paired = results.differences(variant.name, score)
+                    values[variant.cell] = paired if is_difference else scores
             if not any(values.values()):
                 continue
             title = f"{name}, {label}" if row else name

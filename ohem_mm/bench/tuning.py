@@ -55,10 +55,7 @@ class Choice:
 
 
 def tuning_score(benchmark: Benchmark, run: Run) -> float:
-    """The score of a run on the split that chooses.
-
-    On ``val`` it is that of the validation at the end of training.
-    """
+    """The score of a run on the split that chooses: on ``val``, after the training."""
     assert benchmark.tune is not None
     reported = benchmark.tune.split == benchmark.split
     return float(run["metrics"][benchmark.metric] if reported else run["curve"][-1][1])
@@ -68,21 +65,20 @@ def choose(benchmark: Benchmark, runs: Iterable[Run], variants: Iterable[str]) -
     """What tuning has found for some variants, from records of the current configs alone."""
     tune = benchmark.tune
     assert tune is not None
-    found: dict[tuple[str, float, int], float] = {}
-    for run in runs:
-        if run.get("tuned") is not None:
-            key = run["variant"], float(run["tuned"]), run["seed"]
-            found[key] = tuning_score(benchmark, run)
+    found = {
+        (run["variant"], float(run["tuned"]), run["seed"]): tuning_score(benchmark, run)
+        for run in runs
+        if run.get("tuned") is not None
+    }
+    tried = list(itertools.product(tune.values, tune.seeds))
     choices = {}
     for name in variants:
         scores: dict[float, dict[int, float]] = {value: {} for value in tune.values}
-        missing = []
-        for value, seed in itertools.product(tune.values, tune.seeds):
+        for value, seed in tried:
             if (name, value, seed) in found:
                 scores[value][seed] = found[name, value, seed]
-            else:
-                missing.append((value, seed))
-        choices[name] = Choice(name, scores, tuple(missing))
+        missing = tuple((value, seed) for value, seed in tried if seed not in scores[value])
+        choices[name] = Choice(name, scores, missing)
     return choices
 
 
@@ -91,11 +87,9 @@ def drops(benchmark: Benchmark, choices: Mapping[str, Choice]) -> dict[str, floa
     assert benchmark.tune is not None
     margin = benchmark.tune.drop_below
     dropped: dict[str, float] = {}
-    if margin is None:
-        return dropped
     for name, choice in choices.items():
         base = choices.get(benchmark.baseline_of(name))
-        if base is not None and base.finished and choice.finished:
+        if margin is not None and base is not None and base.finished and choice.finished:
             behind = base.best_score - choice.best_score
             # A variant whose every training diverged has no score.
             if name != base.variant and (behind > margin or math.isnan(choice.best_score)):

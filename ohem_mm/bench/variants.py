@@ -32,18 +32,7 @@ class Built(NamedTuple):
 def build_config(
     benchmark: Benchmark, variant: Variant, value: float | None, args: argparse.Namespace, base: Any
 ) -> Built:
-    """Build the config of a variant at a value of what is tuned, and check it.
-
-    Args:
-        benchmark: The benchmark file.
-        variant: One of its variants.
-        value: Of what is tuned; None: nothing is.
-        args: The tool's command line.
-        base: The config file of the variant, as it was read.
-
-    Raises:
-        UserError: Something in the benchmark file or on the command line does not fit.
-    """
+    """Build the config of a variant from its config file, at a value of what is tuned; check it."""
     cfg, tune = copy.deepcopy(base), benchmark.tune
     for options in (benchmark.cfg_options, *variant.cfg_options):
         cli.apply_options(cfg, copy.deepcopy(options))
