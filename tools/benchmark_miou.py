@@ -40,23 +40,19 @@ def parse_args() -> argparse.Namespace:
         ("report", "print the report, from the records alone"),
         ("quickstart", "plain cross-entropy, mmseg's sampler and ours on generated scenes"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        add = commands.add_parser(name, help=text, description=text).add_argument
         if name != "quickstart":
-            command.add_argument(
-                "benchmark", help="path of a benchmark file, or its name below configs/"
-            )
-            command.add_argument(
-                "--records", type=Path, help="file of the records (default: BENCHMARK.jsonl)"
-            )
-            command.add_argument("--plot", type=Path, metavar="DIR", help="draw plots there")
-            command.add_argument(
+            add("benchmark", help="path of a benchmark file, or its name below configs/")
+            add("--records", type=Path, help="file of the records (default: BENCHMARK.jsonl)")
+            add("--plot", type=Path, metavar="DIR", help="draw plots there")
+            add(
                 "--at",
                 type=float,
                 metavar="VALUE",
                 help="one value of what is tuned for all variants, instead of each one's best",
             )
         if name == "report":
-            command.add_argument(
+            add(
                 "--write",
                 type=Path,
                 metavar="FILE.md",
@@ -65,24 +61,16 @@ def parse_args() -> argparse.Namespace:
             )
             continue
         jobs = min(2, os.cpu_count() or 1) if name == "quickstart" else 1
-        command.add_argument(
-            "--jobs", type=int, default=jobs, help=f"jobs side by side (default: {jobs})"
-        )
-        command.add_argument("--data-root", help="where the data set lies")
-        command.add_argument(
-            "--work-dir", help="folder for logs and checkpoints (default: work_dirs)"
-        )
-        command.add_argument("--variants", nargs="+", help="only these")
-        command.add_argument("--seeds", nargs="+", type=int, help="instead of the file's")
-        command.add_argument(
-            "--keep-checkpoints", action="store_true", help="also of jobs that have finished"
-        )
-        command.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none")
-        command.add_argument(
-            "--gpus", type=int, default=1, help="processes of a job, with a launcher"
-        )
-        command.add_argument("--partition", help="of Slurm")
-        command.add_argument(
+        add("--jobs", type=int, default=jobs, help=f"jobs side by side (default: {jobs})")
+        add("--data-root", help="where the data set lies")
+        add("--work-dir", help="folder for logs and checkpoints (default: work_dirs)")
+        add("--variants", nargs="+", help="only these")
+        add("--seeds", nargs="+", type=int, help="instead of the file's")
+        add("--keep-checkpoints", action="store_true", help="also of jobs that have finished")
+        add("--launcher", choices=["none", "pytorch", "slurm"], default="none")
+        add("--gpus", type=int, default=1, help="processes of a job, with a launcher")
+        add("--partition", help="of Slurm")
+        add(
             "--cfg-options",
             nargs="+",
             default={},

@@ -25,20 +25,17 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Show the hard pixels of a trained model.")
     cli.add_config_argument(parser)
-    parser.add_argument("checkpoint", help="checkpoint file")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint file")
+    add(
         "--out-dir",
         help="folder for the PNGs and index.html, which replace those of an earlier run (default: "
         "hard_pixels in the work dir)",
     )
-    parser.add_argument("--split", choices=["val", "test", "train"], default="val")
-    parser.add_argument(
-        "--num-images", type=int, default=20, metavar="N", help="show the N hardest (default: 20)"
-    )
-    parser.add_argument(
-        "--first", type=int, metavar="M", help="look at the first M images of the split only"
-    )
-    parser.add_argument(
+    add("--split", choices=["val", "test", "train"], default="val")
+    add("--num-images", type=int, default=20, metavar="N", help="show the N hardest (default: 20)")
+    add("--first", type=int, metavar="M", help="look at the first M images of the split only")
+    add(
         "--no-images",
         action="store_true",
         help="leave out what is the data set's own, the photographs and the labels, where they "

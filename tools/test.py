@@ -22,20 +22,17 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Test a segmentor and print its IoU per class.")
     cli.add_config_argument(parser)
-    parser.add_argument("checkpoint", help="checkpoint file")
-    parser.add_argument("--work-dir", help="folder for logs and the metrics as JSON")
-    parser.add_argument("--out", help="folder for the predicted label maps, one PNG per image")
-    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint file")
+    add("--work-dir", help="folder for logs and the metrics as JSON")
+    add("--out", help="folder for the predicted label maps, one PNG per image")
+    add("--show", action="store_true", help="show the predictions in a window")
+    add(
         "--show-dir",
         help="folder for painted predictions; the images are in vis_data/vis_image below it",
     )
-    parser.add_argument(
-        "--wait-time", type=float, default=2, help="seconds that --show shows an image"
-    )
-    parser.add_argument(
-        "--tta", action="store_true", help="average over the augmentations of tta_pipeline"
-    )
+    add("--wait-time", type=float, default=2, help="seconds that --show shows an image")
+    add("--tta", action="store_true", help="average over the augmentations of tta_pipeline")
     cli.add_common_arguments(parser)
     return parser.parse_args()
 

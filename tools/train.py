@@ -22,16 +22,11 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train a segmentor.")
     cli.add_config_argument(parser)
-    parser.add_argument("--work-dir", help="folder for logs and checkpoints")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the latest checkpoint in the work dir"
-    )
-    parser.add_argument(
-        "--amp", action="store_true", help="train in mixed precision: float16, on a CPU bfloat16"
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="order of the weights: faster on a CPU"
-    )
+    add = parser.add_argument
+    add("--work-dir", help="folder for logs and checkpoints")
+    add("--resume", action="store_true", help="go on from the latest checkpoint in the work dir")
+    add("--amp", action="store_true", help="train in mixed precision: float16, on a CPU bfloat16")
+    add("--channels-last", action="store_true", help="order of the weights: faster on a CPU")
     cli.add_common_arguments(parser)
     return parser.parse_args()
 
