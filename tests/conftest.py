@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from left_out import (  # noqa: F401
@@ -29,3 +30,11 @@ except RuntimeError:
     library = torch.library.Library("torchvision", "DEF")  # lives as long as this module
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(params=["portable", "eager"])  # test_ops_triton.py has the third
+def backend(request):
+    """Each backend that runs anywhere, asked for by hand; returns its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OHEM_MM_BACKEND", request.param)
+        yield request.param

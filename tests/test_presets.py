@@ -9,7 +9,6 @@ import math
 import re
 import statistics
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy
 from ohem_mm.bench.edge_cases import ohem as edge_cases
 from ohem_mm.presets import PRESETS, preset_rule
 from ohem_mm.reference import ORIGINALS
-from ohem_mm.rule import OhemRule
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "presets.md").read_text()
@@ -499,16 +497,6 @@ def test_a_share_is_rounded_as_the_original_rounds_it(name, share, original, pix
         assert int(pixels * original / unit) == kept
 
 
-def test_the_percentage_is_the_one_that_was_divided():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(2000, generator=generator, dtype=torch.float64).mul(100).tolist()
-    for digits in (0, 1, 2, 6, 12):
-        for value in values:
-            per_cent = round(value, digits)
-            assert OhemRule(min_kept=per_cent / 100).per_cent == per_cent
-    assert OhemRule(min_kept=0.29).per_cent == 29
-
-
 def test_nnunet_mines_the_smoothed_loss():
     """A pixel whose plain loss is larger, and whose smoothed loss is smaller."""
     logits = torch.tensor([[1.0, 9.0], [0.5, 0.0], [0.5, -30.0]]).view(1, 3, 1, 2)
@@ -583,14 +571,6 @@ def test_what_the_docs_say_of_ccnet():
     low, *_, high = sorted(100 * off for off in by_floor)
     middle = 100 * statistics.median(by_floor)
     assert f"differed by {low:.1f} to {high:.0f} %, {middle:.1f} % in the median" in one_line(DOCS)
-
-
-def test_which_rules_the_fast_path_knows():
-    """A habit that makes no difference must not cost the fused kernels."""
-    plain = {name for name in PRESETS if preset_rule(name).plain}
-    assert plain == {"mmseg-sampler", "hrnet", "bisenet", "torchseg", "textbook"}
-    assert replace(preset_rule("hrnet"), min_kept=0).plain
-    assert not replace(preset_rule("torchseg"), min_kept=0).plain
 
 
 def test_hrnet_with_threshold_0_is_pure_top_k():
