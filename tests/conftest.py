@@ -9,6 +9,8 @@ from left_out import (  # noqa: F401
     pytest_testnodedown,
 )
 
+pytest.register_assert_rewrite("originals")
+
 # One thread each: tests are small, and two cores run faster without contention.
 torch.set_num_threads(1)
 settings.register_profile(
