@@ -1,3 +1,6 @@
+import os
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -40,3 +43,11 @@ def backend(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OHEM_MM_BACKEND", request.param)
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def triton_cache(tmp_path_factory):
+    """A folder of its own for what Triton compiles."""
+    folder = tmp_path_factory.mktemp("triton")
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)):
+        yield

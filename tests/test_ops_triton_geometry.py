@@ -3,7 +3,6 @@
 import pytest
 
 geometry = pytest.importorskip("ohem_mm.ops.triton.geometry")
-
 Sizes, Tiling = geometry.Sizes, geometry.Tiling
 CITY = Sizes(4, 19, 128, 128, 1024, 1024)
 ADE = Sizes(16, 150, 128, 128, 512, 512)
@@ -132,3 +131,16 @@ def test_limits(sizes, reason):
 def test_limits_of_strides():
     assert geometry.refusal(CITY, (2**40, 2**35, 2**35, 1)) is None
     assert "strides pass" in geometry.refusal(CITY, (1, 1, 1, 2**24))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_no_cell_is_longer_than_the_bound(align_corners):
+    for low in range(1, 9):
+        for high in range(low, 40):
+            line = (2 * low, low - high, 2 * high)
+            if align_corners:
+                line = (1, 0, 1) if 1 in (low, high) else (low - 1, 0, high - 1)
+            a, b, d = line
+            cells = [min(max(a * i + b, 0) // d, low - 1) for i in range(high)]
+            rows = max(cells.count(cell) for cell in set(cells))
+            assert rows <= geometry._longest(low, high)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Trials(dict):
-    """Verdicts: every trial has been passed. test_triton_trial.py holds them."""
+    """Verdicts: every trial has been passed. test_ops_triton_trial.py holds them."""
 
     def __init__(self):
         super().__init__()

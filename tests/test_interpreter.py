@@ -12,13 +12,13 @@ pytest.importorskip("triton", reason="needs Triton")
 
 FILES = sorted(
     path.name
-    for path in Path(__file__).parent.glob("test_triton*.py")
-    if "from interpreter import" in path.read_text() and path != Path(__file__)
+    for path in Path(__file__).parent.glob("test_ops_triton*.py")
+    if "from interpreter import" in path.read_text()
 )
 
 
 def test_the_files_are_found():
-    assert {"test_triton.py", "test_triton_trial.py"} < set(FILES)
+    assert {"test_ops_triton.py", "test_ops_triton_trial.py"} < set(FILES)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the files themselves run the kernels")

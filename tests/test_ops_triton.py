@@ -1,6 +1,6 @@
 """The Triton kernels against the float64 oracle, and what can be known of them without a GPU.
 
-Without a GPU ``test_triton_interpreter.py`` runs this file in Triton's interpreter.
+Without a GPU ``test_interpreter.py`` runs this file in Triton's interpreter.
 """
 
 import os
