@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import sys
 from unittest import mock
 
 import pytest
@@ -51,3 +53,29 @@ def triton_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton")
     with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder)):
         yield
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Work in a folder of the test's own, and as no rank of a run of several."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Call a tool in this process; return its exit code and what it wrote to stderr."""
+    from ohem_mm import cli
+    from ohem_mm.config import config_path
+
+    def call(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, config_path(f"tools/{name}.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        code = cli.run(module.main)
+        return code, capsys.readouterr().err
+
+    return call

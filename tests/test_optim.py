@@ -8,12 +8,9 @@ from torch import nn
 
 pytest.importorskip("mmengine")
 
-from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 
-from ohem_mm import cli
-from ohem_mm.cli import checks, configs
 from ohem_mm.hooks import ChannelsLastHook
 from ohem_mm.models import Bf16OptimWrapper
 
@@ -99,66 +96,3 @@ def test_channels_last(device):
     model.load_state_dict(plain.state_dict())
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     plain.load_state_dict(model.state_dict())
-
-
-def config(**wrapper):
-    return Config({"optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.1}, **wrapper}})
-
-
-@pytest.mark.parametrize(
-    ("device", "before", "after"),
-    [
-        ("cpu", {}, {"type": "Bf16OptimWrapper"}),
-        ("cpu", {"type": "OptimWrapper"}, {"type": "Bf16OptimWrapper"}),
-        (
-            "cpu",
-            {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": 512.0, "clip_grad": None},
-            {"type": "Bf16OptimWrapper", "clip_grad": None},
-        ),
-        ("cuda", {}, {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}),
-        (
-            "cuda",
-            {"type": "OptimWrapper", "dtype": "bfloat16"},
-            {"type": "AmpOptimWrapper", "dtype": "bfloat16", "loss_scale": "dynamic"},
-        ),
-    ],
-)
-def test_amp_on_each_device(monkeypatch, device, before, after):
-    for module in (checks, configs):
-        monkeypatch.setattr(module, "get_device", lambda: device)
-    cfg = config(**before)
-    cli.use_amp(cfg)
-    assert cfg.optim_wrapper.to_dict() == {"optimizer": {"type": "SGD", "lr": 0.1}, **after}
-    cli.check_amp_device(cfg)
-
-
-@pytest.mark.parametrize(
-    ("device", "kind"),
-    [("cuda", "AmpOptimWrapper"), ("cpu", "Bf16OptimWrapper"), ("cuda", "Bf16OptimWrapper")],
-)
-def test_amp_twice(monkeypatch, capsys, device, kind):
-    for module in (checks, configs):
-        monkeypatch.setattr(module, "get_device", lambda: device)
-    cfg = config(type=kind)
-    cli.use_amp(cfg)
-    assert cfg.optim_wrapper.type == kind
-    assert "trains in mixed precision already" in capsys.readouterr().err
-
-
-def test_amp_with_a_wrapper_of_another_kind():
-    cfg = config(type="ApexOptimWrapper")
-    with pytest.raises(cli.UserError, match="--amp works .* the config has ApexOptimWrapper"):
-        cli.use_amp(cfg)
-    with pytest.raises(cli.UserError, match="bf16 works .* the config has ApexOptimWrapper"):
-        cli.use_bf16(cfg)
-
-
-def test_the_hook_is_added_once_and_beside_others():
-    cfg = config()
-    cli.use_channels_last(cfg)
-    assert cfg.custom_hooks == [{"type": "ChannelsLastHook"}]
-    cli.use_channels_last(cfg)
-    assert len(cfg.custom_hooks) == 1
-    cfg = Config({"custom_hooks": [{"type": "FusedOhemHook"}]})
-    cli.use_channels_last(cfg)
-    assert [hook.type for hook in cfg.custom_hooks] == ["FusedOhemHook", "ChannelsLastHook"]

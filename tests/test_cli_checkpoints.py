@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tooling import OHEM, SMALL_TEST, one_sentence
 from torch import nn
 
 pytest.importorskip("mmseg")
@@ -13,6 +14,8 @@ from mmengine.model import BaseTTAModel
 
 from ohem_mm import cli
 from ohem_mm.cli import checkpoints
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 class Net(nn.Module):
@@ -29,11 +32,6 @@ class Net(nn.Module):
 class Flips(BaseTTAModel):
     def merge_preds(self, data_samples_list):
         return data_samples_list
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def save(path, state=None, **meta):
@@ -177,3 +175,42 @@ def test_resuming(capsys):
         checkpoints.check_resume(cfg, Net(), save("x.pth"))
     with pytest.raises(cli.UserError, match="does not fit the model"):
         checkpoints.check_resume(cfg, Net(width=3), save("x.pth", iter=9, epoch=0))
+
+
+# --- through the tools -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "half a checkpoint"])
+def test_checkpoints_that_cannot_be_read(tool, content):
+    Path("x.pth").write_text(content)
+    code, message = tool("train", OHEM, "--cfg-options", "load_from=x.pth")
+    assert code == 2
+    assert one_sentence(message)
+    assert "the checkpoint 'x.pth' " in message
+
+
+def test_testing_with_the_checkpoint_of_another_model(tool):
+    torch.save({"state_dict": {"backbone.x": torch.zeros(1)}, "meta": {}}, "other.pth")
+    code, message = tool("test", OHEM, "other.pth", "--cfg-options", *SMALL_TEST)
+    assert code == 2
+    assert message.endswith("\n")
+    assert (
+        "error: the checkpoint 'other.pth' does not fit the model: it has no backbone." in message
+    )
+
+
+def test_resuming_from_the_checkpoint_of_another_model(tool):
+    Path("w").mkdir()
+    state = {"state_dict": {"backbone.x": torch.zeros(1)}, "meta": {"iter": 3, "epoch": 0}}
+    torch.save(state, "w/iter_3.pth")
+    code, message = tool("train", OHEM, "--resume", "--work-dir", "w")
+    assert code == 2
+    assert "error: the checkpoint 'w/iter_3.pth' does not fit the model: it has no back" in message
+
+
+def test_resume_from_a_checkpoint_that_was_deleted(tool):
+    Path("last_checkpoint").write_text("gone.pth")
+    code, message = tool("train", OHEM, "--resume", "--work-dir", ".")
+    assert code == 2
+    assert one_sentence(message)
+    assert "there is no checkpoint 'gone.pth'" in message

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tooling import CE, OHEM, load, one_sentence
 
 from ohem_mm.config import config_path, list_configs
 
@@ -20,6 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from ohem_mm import cli
+from ohem_mm.cli import inspection
 from ohem_mm.cli.inspection import FINDINGS, Inspector
 from ohem_mm.hooks.fused import fuse_heads
 
@@ -28,9 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*mmcv.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:For binary segmentation"),
 ]
-
-CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
-OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
 SAMPLER = "quickstart/unet-tiny_1xb4-sampler-1k_scenes-96x192"
 DDRNET = "ddrnet/ddrnet_23-slim_in1k-pre_2xb6-mmohem-120k_cityscapes-1024x1024"
 PIDNET = "pidnet/pidnet-s_2xb6-ohem-120k_cityscapes-1024x1024"
@@ -106,11 +105,9 @@ train_dataloader = dict(
     dataset=dict(pipeline=[dict(type='RandomRotate', prob=1, degree=9, seg_pad_val=0)])
 )
 """
-
 REGION = "loss_decode=[dict(type='OhemCrossEntropyLoss'), dict(type='RegionLoss')]"
 FUSED = "\ncustom_hooks = [dict(type='FusedOhemHook')]"
 NO_IMPORT = "\ncustom_imports = dict(imports=['json'])"
-
 # A shipped config, lines added to it, and the names of all findings.
 FAULTS = [
     (CE, "models = dict(decode_head=dict(sampler=dict(type='OHEMPixelSampler')))", "lost"),
@@ -469,3 +466,32 @@ def test_the_table(call):
 def test_sentences_end_once(call):
     _, out = call(OHEM, "--cfg-options", "model.decode_head.loss_decode.preset=hrne")
     assert "Did you mean 'hrnet'? Remedy: correct the setting." in out
+
+
+# --- before a run ------------------------------------------------------------------------------
+
+
+def test_double_mining_is_said(elsewhere, capsys):
+    sampler = "model.decode_head.sampler=dict(type=OHEMPixelSampler, thresh=0.7)"
+    inspection.check(load(OHEM, sampler))
+    err = capsys.readouterr().err
+    assert "warning: decode_head.sampler: OHEMPixelSampler picks pixels, and Ohem" in err
+    assert "again among all of them. Remedy: delete the sampler.\n" in err
+    inspection.check(load(OHEM))
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_that_fail_at_the_first_batch_are_refused(elsewhere, tool):
+    loss = "model.decode_head.loss_decode"
+    for option, expected in (
+        (f"{loss}.always_keep=[17]", "always_keep names class 17, but there are 10 classes. "),
+        (f"{loss}.class_weight=[1,2,3]", "class_weight has 3 entries, but there are 10 classes. "),
+        (f"{loss}.type=OhemCrossEntropyLos", "did you mean 'OhemCrossEntropyLoss'"),
+        ("custom_hooks=[dict(type=FusedOhemHok)]", "did you mean 'FusedOhemHook'?"),
+        ("custom_hooks=[FusedOhemHook]", "custom_hooks.0 is 'FusedOhemHook', and must be a dict"),
+    ):
+        code, message = tool("train", OHEM, "--cfg-options", option)
+        assert code == 2
+        assert one_sentence(message)
+        assert expected in message
+    assert not Path("work_dirs").exists()

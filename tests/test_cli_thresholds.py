@@ -1,4 +1,4 @@
-"""The tool that counts hard pixels, against direct computations."""
+"""The counts of hard pixels and ``tools/choose_thresh.py``, against direct computations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from tiny import CE, OPTIONS, save_checkpoint, tiny
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,26 +21,17 @@ from ohem_mm.rule import OhemRule
 pytest.importorskip("mmseg")
 pytest.importorskip("rich")
 
-from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner, set_random_seed
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from ohem_mm import cli
-from ohem_mm.cli import thresholds, trained
+from ohem_mm.cli import thresholds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``")
-
-CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
 SAMPLER = "quickstart/unet-tiny_1xb4-sampler-1k_scenes-96x192"
-OPTIONS = [
-    *("train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"),
-    *("train_dataloader.batch_size=2", "train_dataloader.dataset.num_scenes=12"),
-    *("val_dataloader.dataset.num_scenes=6", "model.backbone.base_channels=4"),
-    *("model.decode_head.in_channels=4", "model.decode_head.channels=4"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +62,9 @@ def call(choose, monkeypatch, capsys, tmp_path):
     return run
 
 
-def tiny(name):
-    cfg = Config.fromfile(config_path(name))
-    cfg.merge_from_dict(dict(option.split("=") for option in OPTIONS[-3:]))
-    for key in ("backbone.base_channels", "decode_head.in_channels", "decode_head.channels"):
-        part, setting = key.split(".")
-        cfg.model[part][setting] = int(cfg.model[part][setting])
-    init_default_scope("mmseg")
-    torch.manual_seed(3)
-    return cfg, MODELS.build(cfg.model)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Random weights, scaled so that probabilities spread over (0, 1), with some statistics."""
-    _, model = tiny(CE)
-    model.train()
-    for _ in range(3):
-        model.extract_feat(torch.randn(2, 3, 96, 192))
-    nn.init.normal_(model.decode_head.conv_seg.weight, std=0.7)
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pth"
-    torch.save({"state_dict": model.state_dict(), "meta": {}}, path)
-    return path
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def direct(checkpoint, split, batches, seed=0):
@@ -289,19 +262,6 @@ def test_one_channel_and_a_second_loss_on_the_same_logits():
         prob = model.decode_head(inputs).sigmoid()[:, 0]
     hard = torch.where(labels == 1, prob, 1 - prob) < 0.5
     assert int(counts["decode_head, loss 0"].hard_share(0.5) * 128 + 0.5) == int(hard.sum())
-
-
-def test_looking_changes_nothing_in_the_model(checkpoint):
-    cfg, _ = tiny(OHEM)
-    model = trained.build_model(cfg, str(checkpoint), training=True)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    cfg.train_dataloader.update(num_workers=0, persistent_workers=False, batch_size=2)
-    watch = thresholds.Watch(model, None, [], None)
-    assert watch.threshes == [0.5, 0.6, 0.7, 0.8, 0.9]
-    loader = trained.training_batches(cfg, "train", 0)
-    assert watch.run(model, [next(iter(loader))]) == 2
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 def test_markdown_and_plot(call, checkpoint):

@@ -1,6 +1,6 @@
 """Faulty files of a data set are named, before training where a look at a few finds them."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from ohem_mm import cli
 from ohem_mm.cli import labels
 from ohem_mm.config import config_path
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 CONFIG = f"""
 _base_ = {str(config_path(CE))!r}
@@ -28,11 +30,6 @@ train_dataloader = dict(num_workers=1, dataset=data)
 val_dataloader = dict(num_workers=1, dataset=data)
 test_dataloader = val_dataloader
 """
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -141,20 +138,6 @@ def test_steps_of_the_users_own_may_map_labels(data):
     finally:
         sys.path.remove(str(Path.cwd()))
         sys.modules.pop("mapping", None)
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    def call(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, config_path(f"tools/{name}.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        code = cli.run(module.main)
-        return code, capsys.readouterr().err
-
-    return call
 
 
 OPTIONS = ["train_cfg.max_iters=20", "train_cfg.val_interval=30"]
