@@ -14,7 +14,7 @@ from left_out import (  # noqa: F401
     pytest_testnodedown,
 )
 
-pytest.register_assert_rewrite("originals")
+pytest.register_assert_rewrite("benchmarks", "originals", "tooling")
 
 # One thread each: tests are small, and two cores run faster without contention.
 torch.set_num_threads(1)

@@ -1,3 +1,5 @@
+"""The speed benchmark, through ``tools/benchmark_loss.py``: values, records, tables."""
+
 import csv
 import importlib.util
 import json

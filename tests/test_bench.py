@@ -1,4 +1,4 @@
-"""Parts of other packages, imported without the top of them."""
+"""The small rooms of the benchmarks: parts of other packages, imported without the top of them."""
 
 import sys
 
