@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from trainings import history, logs, train
 
 pytest.importorskip("mmseg")
 
 from mmengine.logging import MessageHub
 from mmengine.runner import LogProcessor
-from test_schedule import history, logs, train
 from torch import nn
 
 from ohem_mm import OhemCrossEntropyLoss, RegionLoss

@@ -1,4 +1,4 @@
-"""tools/show_hard_pixels.py: what it writes, and its page in a real browser."""
+"""The gallery of the hardest images, through ``tools/show_hard_pixels.py``."""
 
 import importlib.util
 import json
@@ -23,6 +23,8 @@ from ohem_mm import cli
 from ohem_mm.config import config_path
 from ohem_mm.visualization import MINED
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 OHEM = "quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"
 CE = "quickstart/unet-tiny_1xb4-1k_scenes-96x192"
 SMALL = [
@@ -31,11 +33,6 @@ SMALL = [
     for setting in ("dataset.num_scenes=5", "num_workers=0", "persistent_workers=False")
 ]
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

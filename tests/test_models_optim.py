@@ -1,28 +1,18 @@
-"""Mixed precision in bf16 and the order of the weights, on a CPU and where there is one, a GPU."""
+"""Mixed precision in bf16, on a CPU and where there is one, a GPU."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from devices import DEVICES, network
 from torch import nn
 
 pytest.importorskip("mmengine")
 
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.registry import OPTIM_WRAPPERS
 
-from ohem_mm.hooks import ChannelsLastHook
 from ohem_mm.models import Bf16OptimWrapper
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
 
 
 def step(wrapper_type, device):
@@ -79,20 +69,3 @@ def test_a_gpu_without_bf16(monkeypatch):
     model = SimpleNamespace(parameters=lambda: iter([weight]))
     with pytest.raises(RuntimeError, match="An old GPU has no bfloat16; use AmpOptimWrapper"):
         wrapper.optim_context(model).__enter__()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_channels_last(device):
-    assert HOOKS.get("ChannelsLastHook") is ChannelsLastHook
-    plain, model = network().to(device), network().to(device)
-    image = torch.randn(2, 3, 8, 8, device=device)
-    ChannelsLastHook().before_run(SimpleNamespace(model=model))
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    got, want = model(image), plain(image)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert not want.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    # Loading keeps the order, and what is saved loads into a model of the usual order.
-    model.load_state_dict(plain.state_dict())
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    plain.load_state_dict(model.state_dict())

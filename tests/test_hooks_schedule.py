@@ -4,64 +4,18 @@ import math
 
 import pytest
 import torch
+from trainings import history, logs, train
 
 pytest.importorskip("mmseg")
 
-from mmengine.config import Config
-from mmengine.runner import Runner
 from torch import nn
 from torch.nn import functional as F
 
 from ohem_mm import OhemCrossEntropyLoss
 from ohem_mm.cli import allow_mmengine_checkpoints
-from ohem_mm.config import config_path
 from ohem_mm.hooks import OhemScheduleHook
-from ohem_mm.hooks._losses import named_losses
 
 LINEAR = {"type": "linear", "start": 0.9, "stop": 0.5, "begin": 2, "end": 6}
-
-
-def runner_for(work_dir, hooks, **options):
-    """A training of a few tiny steps on generated scenes."""
-    cfg = Config.fromfile(config_path("quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"))
-    cfg.merge_from_dict(
-        {
-            "work_dir": str(work_dir),
-            "custom_hooks": hooks,
-            "train_cfg.max_iters": 6,
-            "train_cfg.val_interval": 100,
-            "train_dataloader.batch_size": 2,
-            "train_dataloader.num_workers": 0,
-            "train_dataloader.persistent_workers": False,
-            "train_dataloader.dataset.num_scenes": 8,
-            "train_dataloader.dataset.size": (48, 64),
-            "val_dataloader.dataset.num_scenes": 1,
-            "val_dataloader.num_workers": 0,
-            "val_dataloader.persistent_workers": False,
-            "model.data_preprocessor.size": (48, 64),
-            "default_hooks.logger.interval": 1,
-            "default_hooks.checkpoint.interval": 3,
-            "randomness": {"seed": 0},
-            **options,
-        }
-    )
-    # Names are instances in mmengine: two runs of one name would share history and backends.
-    cfg.experiment_name = cfg.visualizer.name = "_".join(work_dir.parts[-2:])
-    return Runner.from_cfg(cfg)
-
-
-def train(work_dir, hooks, **options):
-    runner = runner_for(work_dir, hooks, **options)
-    runner.train()
-    return runner
-
-
-def history(runner, key):
-    return runner.message_hub.get_scalar(f"train/{key}").data[0].tolist()
-
-
-def logs(work_dir):
-    return "".join(path.read_text() for path in work_dir.rglob("*.log"))
 
 
 def values(hook_settings, times, own=0.7, min_kept=0.1):
@@ -169,33 +123,6 @@ def test_bad_config_is_refused_at_once(name):
     settings, error, message = BAD[name]
     with pytest.raises(error, match=message):
         OhemScheduleHook(**settings)
-
-
-def test_names_of_losses():
-    def head(*losses):
-        return nn.ModuleDict(
-            {"loss_decode": losses[0] if len(losses) == 1 else nn.ModuleList(losses)}
-        )
-
-    ours = OhemCrossEntropyLoss
-    model = nn.ModuleDict(
-        {
-            "decode_head": head(ours()),
-            "pid": head(nn.Identity(), ours(), nn.Identity(), ours()),
-            "two": head(nn.Identity(), ours()),
-            "auxiliary_head": nn.ModuleList([head(ours()), head(nn.Identity()), head(ours())]),
-            "criterion": ours(),
-        }
-    )
-    assert list(named_losses(model, OhemCrossEntropyLoss)) == [
-        "decode_head",
-        "pid.1",
-        "pid.3",
-        "two",
-        "auxiliary_head.0",
-        "auxiliary_head.2",
-        "criterion",
-    ]
 
 
 def test_a_constant_schedule_trains_as_without_the_hook(tmp_path):

@@ -1,4 +1,4 @@
-"""The converter of EfficientNet-Lite0's ImageNet weights."""
+"""EfficientNet-Lite0's ImageNet weights, and ``tools/model_converters/efficientnet_lite0.py``."""
 
 from __future__ import annotations
 
