@@ -1,4 +1,7 @@
-"""The small rooms of the benchmarks: parts of other packages, imported without the top of them."""
+"""The small rooms of the benchmarks: parts of other packages, imported without the top of them.
+
+How far jobs are shows in ``test_bench_jobs.py``, where a measurement comes from in the records.
+"""
 
 import sys
 
