@@ -1,4 +1,4 @@
-"""Selection alone: ``mining.keep_pixels`` against the oracle on the same losses."""
+"""Selection alone: ``mining.keep_pixels`` against the oracle, and ranks against one process."""
 
 import itertools
 import math
