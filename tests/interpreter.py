@@ -1,7 +1,7 @@
 """Where the tests of the kernels run: on a GPU, or without one in Triton's interpreter.
 
 Triton decides whether it interprets when it is imported, so that takes a process of its own, which
-``test_triton_interpreter.py`` starts.
+``test_interpreter.py`` starts.
 """
 
 import os
@@ -12,5 +12,5 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="kernels run within test_triton_interpreter.py"
+    DEVICE == "cpu" and not INTERPRETED, reason="kernels run within test_interpreter.py"
 )

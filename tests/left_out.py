@@ -14,7 +14,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Leave out what cannot run here, such as the kernels outside Triton's interpreter.
 
-    Hundreds of tests run in processes of ``test_triton_interpreter.py`` and nowhere else.
+    Hundreds of tests run in processes of ``test_interpreter.py`` and nowhere else.
     """
     left_out = []
     for item in items:

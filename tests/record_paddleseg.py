@@ -5,7 +5,7 @@ paddlepaddle==3.3.1``, a clone of PaddleSeg at the commit named below with what 
 ``PYTHONPATH=.:tests:CLONE python tests/record_paddleseg.py``. The last release on PyPI,
 2.8.0, raises a TypeError under Paddle 3; the OHEM loss has taken ``weight=`` since 2.9.1.
 
-It writes ``tests/paddleseg.json``, loss and gradient on the draws of ``test_presets.py``, and the
+It writes ``tests/paddleseg.json``, loss and gradient on the draws of ``test_reference.py``, and the
 cells of the table that ``tools/edge_cases.py`` prints.
 """
 

@@ -258,9 +258,9 @@ def test_commands_name_files_and_configs_that_exist(page):
         folders = "|".join(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
         for name in re.findall(rf"(?<![\w/])(?:{folders})/[\w.-]+", block):
             assert (CONFIGS / name).is_file() or config_path(name).is_file(), name
-        for group, names in re.findall(r"tests/test_\{([\w,]+)\}(\.py)", block):
-            for name in group.split(","):
-                assert (ROOT / "tests" / f"test_{name}{names}").is_file(), name
+        for start, names, end in re.findall(r"\b(tests/\w+)\{([\w,]+)\}(\*?\.py)", block):
+            for name in names.split(","):
+                assert list(ROOT.glob(f"{start}{name}{end}")), name
 
 
 def test_the_tools_know_the_options_of_the_commands():

@@ -1,38 +1,43 @@
-"""Every preset against an independent statement of its original, and against the original itself.
+"""Every preset against an independent statement of its original, and what the docs say of it.
 
-mmseg's two classes run where mmseg is installed, nnU-Net's where nnunetv2 is. What PaddleSeg's
-gave on the same draws is on record: ``record_paddleseg.py``. The others are not on PyPI.
+``test_reference.py`` has the originals themselves.
 """
 
-import json
 import math
 import re
 import statistics
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from draws import PURE_TOPK, draw, fingerprint
+from draws import draw
+from originals import (
+    DRAWS,
+    DTYPES,
+    REGION_DRAWS,
+    SOFTMAX_ONLY,
+    TOLERANCE,
+    assert_same,
+    compare,
+    deviation,
+    draw_region,
+    flat,
+    floor_of,
+    preset,
+    restated,
+    run,
+)
+from problems import value_and_grad
 from torch.nn import functional as F
 
-from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy
-from ohem_mm.bench.edge_cases import ohem as edge_cases
-from ohem_mm.presets import PRESETS, preset_rule
-from ohem_mm.reference import ORIGINALS
-from ohem_mm.rule import OhemRule
+from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ohem_cross_entropy
+from ohem_mm.presets import PRESETS, REGION_PRESETS, preset_rule
+from ohem_mm.reference import ORIGINALS, REGION_ORIGINALS
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "presets.md").read_text()
-DRAWS = 400
-DTYPES = [torch.float64, torch.float32]
-TOLERANCE = {
-    torch.float64: {"rtol": 1e-5, "atol": 1e-8},
-    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
-}
 SHARES = {"bisenet", "stdc", "textbook", "detectron2", "nnunet"}
-SLOTS = {"stdc", "detectron2", "nnunet"}  # ignored pixels take part
 # Where a preset does not do what its original does, in the words of docs/presets.md.
 DEVIATIONS = {
     "mmseg-sampler": {"nothing kept", "n <= k", "ties", "min_kept below 2"},
@@ -46,140 +51,6 @@ DEVIATIONS = {
     "nnunet": {"nothing kept", "smoothing with class weights"},
     "textbook": {"nothing kept"},
 }
-
-
-def flat(problem):
-    """Of all pixels in one list: plain loss in float64, probability as given, validity."""
-    logits, target = problem.logits, problem.target
-    losses = F.cross_entropy(logits.double(), target, ignore_index=255, reduction="none")
-    labels = torch.where(target == 255, 0, target)
-    probs = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    return losses.flatten(), probs.flatten(), (target != 255).flatten()
-
-
-def floor_of(name, problem):
-    """How many pixels the original's floor keeps, or None where it keeps all."""
-    k, pixels = problem.settings["min_kept"], problem.target.numel()
-    valid = int((problem.target != 255).sum())
-    if name in ("bisenet", "textbook"):
-        return valid // 16
-    if name == "stdc":
-        return pixels // 16 if isinstance(k, float) else k
-    if name == "detectron2":
-        return int(k * pixels)
-    if name == "nnunet":
-        return int(pixels * k / 100)
-    if name.startswith("mmseg"):
-        return k * len(problem.target)
-    if name == "hrnet":
-        return max(1, k)
-    if name == "torchseg":
-        return k if 0 < k <= valid else None
-    return k - 1 if 0 < k < valid else None  # paddleseg
-
-
-def tied_at_the_floor(name, problem):
-    """Pixels, up to rounding equally hard, of which the original's floor takes some at will."""
-    losses, _, valid = flat(problem)
-    k, settings = floor_of(name, problem), problem.settings
-    hard = 0
-    if "thresh" in settings:
-        hard = int((losses > -math.log(settings["thresh"])).sum())
-    mined = losses
-    if name in PURE_TOPK:
-        weight = settings.get("class_weight")
-        mined = F.cross_entropy(
-            problem.logits.double(),
-            problem.target,
-            weight=None if weight is None else weight.double(),
-            ignore_index=255,
-            reduction="none",
-            label_smoothing=settings.get("label_smoothing", 0.0),
-        ).flatten()
-    if name not in SLOTS:
-        mined = torch.where(valid, mined, -1)
-    tied = torch.zeros_like(valid)
-    if k and hard < k < len(mined):
-        kth = mined.sort(descending=True).values[k - 1]
-        margin = 1e-9 if problem.logits.dtype == torch.float64 else 2e-5
-        near = (mined - kth).abs() <= margin
-        if int((mined > kth + margin).sum()) + int(near.sum()) > k:
-            tied = near & valid
-    return tied.view_as(problem.target)
-
-
-def deviation(name, problem, loss):
-    """Which of the documented deviations applies, if any; ``loss`` is None where it raised."""
-    _, probs, valid = flat(problem)
-    settings = problem.settings
-    k, thresh, num_valid = floor_of(name, problem), settings.get("thresh"), int(valid.sum())
-    if name.startswith("mmseg") and settings["min_kept"] < 2:
-        return "min_kept below 2"
-    if loss is None or not math.isfinite(loss):
-        return "nothing kept"
-    order = probs[valid].sort().values
-    if name in ("hrnet", "mmseg-sampler"):
-        if num_valid <= k:
-            return "n <= k"
-        # It keeps what lies strictly below the limit.
-        if int((order < order[k].clamp_min(thresh)).sum()) < k:
-            return "ties"
-    if name == "paddleseg":
-        if k is not None and int((order < order[k].clamp_min(thresh)).sum()) < k:
-            return "ties"
-        if float(flat(problem)[0].max()) > 64:
-            return "cut off at 64"
-    if name == "torchseg" and k is not None:
-        kept, hard = (
-            int((order <= order[k - 1].clamp_min(thresh)).sum()),
-            int((order < thresh).sum()),
-        )
-        if kept > max(k, hard):
-            return "ties" if order[k - 1] > thresh else "p == thresh"
-    if name == "nnunet" and settings["label_smoothing"] and "class_weight" in settings:
-        return "smoothing with class weights"
-    return None
-
-
-def run(call, problem):
-    """Loss and gradient; None for the loss where it raises, or has no gradient."""
-    logits = problem.logits.clone().requires_grad_()
-    try:
-        loss = call(logits, problem.target.clone(), problem.settings)
-        loss.backward()
-    except (IndexError, AssertionError, RuntimeError):
-        return None, None
-    return loss.item(), logits.grad
-
-
-def preset(name):
-    def call(logits, target, settings):
-        settings = dict(settings)
-        if "class_weight" in settings:
-            settings["class_weight"] = settings["class_weight"].tolist()
-        if name == "nnunet":
-            settings["min_kept"] = settings["min_kept"] / 100
-        return OhemCrossEntropyLoss(preset=name, **settings)(logits, target)
-
-    return call
-
-
-def restated(name):
-    return lambda logits, target, settings: ORIGINALS[name](logits, target, **settings)
-
-
-def assert_same(name, problem, ours, theirs, **tolerance):
-    """Loss and gradient are equal; of pixels tied at the floor, what they share is."""
-    tied = tied_at_the_floor(name, problem)
-    assert ours[0] == pytest.approx(theirs[0], rel=tolerance["rtol"], abs=tolerance["atol"])
-    free = ~tied[:, None]
-    torch.testing.assert_close(ours[1] * free, theirs[1] * free, **tolerance)
-    if not {"class_weight", "label_smoothing"} & set(problem.settings):
-        # Equal losses are equal probabilities, and so equal gradients at the true class.
-        index = torch.where(tied, problem.target, 0)[:, None]
-        shared = [(grad.gather(1, index) * tied[:, None]).sum() for _, grad in (ours, theirs)]
-        torch.testing.assert_close(*shared, **tolerance)
-    return bool(tied.any())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -273,121 +144,6 @@ def test_textbook_check_value():
     labels = torch.randint(0, 3, (2, 4, 4))
     for name in ("textbook", "bisenet"):
         assert f"{OhemCrossEntropyLoss(preset=name)(logits, labels):.8f}" == "1.33107340"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_what_paddleseg_gave(dtype):
-    record = json.loads(Path(__file__).with_name("paddleseg.json").read_text())
-    assert record["versions"]["paddlepaddle"] == "3.3.1"
-    recorded = record["draws"][str(dtype)]
-    assert len(recorded) == DRAWS
-    compared = 0
-    for seed, expected in enumerate(recorded):
-        problem = draw(seed, "paddleseg", dtype)
-        why = deviation("paddleseg", problem, expected[0])
-        if why == "ties" or tied_at_the_floor("paddleseg", problem).any():
-            continue  # which of them lie strictly below the limit is a matter of rounding
-        rules = {"restated": restated("paddleseg"), "preset": preset("paddleseg")}
-        if why == "cut off at 64":
-            del rules["preset"]
-        for rule, call in rules.items():
-            loss, grad = run(call, problem)
-            assert [loss, *fingerprint(grad)] == pytest.approx(
-                expected, rel=1e-5, abs=1e-8 if dtype == torch.float64 else 2e-5
-            ), (seed, rule)
-        compared += why is None
-    assert compared > DRAWS // 2
-
-
-def test_mmseg_refuses_a_floor_below_2():
-    pytest.importorskip("mmseg")
-    from mmseg.structures import build_pixel_sampler
-
-    with pytest.raises(AssertionError):
-        build_pixel_sampler(
-            {"type": "OHEMPixelSampler", "thresh": 0.7, "min_kept": 1}, context=None
-        )
-
-
-def mmseg_sampler_itself(logits, target, settings):
-    """A decode head of mmseg with its sampler."""
-    from mmengine.structures import PixelData
-    from mmseg.models.decode_heads import FCNHead
-    from mmseg.structures import SegDataSample
-
-    weights = settings.get("class_weight")
-    head = FCNHead(
-        in_channels=4,
-        channels=4,
-        num_convs=0,
-        concat_input=False,
-        num_classes=logits.shape[1],
-        sampler={
-            "type": "OHEMPixelSampler",
-            "thresh": settings.get("thresh"),
-            "min_kept": settings["min_kept"],
-        },
-        loss_decode={
-            "type": "CrossEntropyLoss",
-            "class_weight": None if weights is None else weights.tolist(),
-        },
-    )
-    samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in target]
-    return head.loss_by_feat(logits, samples)["loss_ce"]
-
-
-def mmseg_loss_itself(logits, target, settings):
-    """mmseg's OhemCrossEntropy."""
-    from mmseg.models.losses.ohem_cross_entropy_loss import OhemCrossEntropy
-
-    weights = settings.get("class_weight")
-    return OhemCrossEntropy(
-        thres=settings["thresh"],
-        min_kept=settings["min_kept"],
-        class_weight=None if weights is None else weights.tolist(),
-    )(logits, target)
-
-
-def nnunet_itself(logits, target, settings):
-    """nnU-Net's TopKLoss."""
-    from nnunetv2.training.loss.robust_ce_loss import TopKLoss
-
-    return TopKLoss(
-        weight=settings.get("class_weight"),
-        ignore_index=255,
-        k=settings["min_kept"],
-        label_smoothing=settings["label_smoothing"],
-    )(logits, target[:, None])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("name", "original", "module"),
-    [
-        ("mmseg-sampler", mmseg_sampler_itself, "mmseg.models"),
-        ("mmseg-sampler-topk", mmseg_sampler_itself, "mmseg.models"),
-        ("hrnet", mmseg_loss_itself, "mmseg.models"),
-        ("nnunet", nnunet_itself, "nnunetv2.training.loss.robust_ce_loss"),
-    ],
-)
-def test_equals_the_original_itself(name, original, module, dtype):
-    pytest.importorskip(module)
-    compared = ties = 0
-    for seed in range(DRAWS // 2):
-        problem = draw(seed, name, dtype)
-        weights = problem.settings.get("class_weight")
-        # mmseg's cross-entropy takes no weights beside ignored pixels, nor in float64.
-        fails = dtype == torch.float64 or bool((problem.target == 255).any())
-        if name.startswith("mmseg") and weights is not None and fails:
-            del problem.settings["class_weight"]
-        theirs = run(original, problem)
-        if deviation(name, problem, theirs[0]) is not None:
-            continue
-        ties += assert_same(name, problem, run(preset(name), problem), theirs, **TOLERANCE[dtype])
-        assert_same(name, problem, run(restated(name), problem), theirs, **TOLERANCE[dtype])
-        compared += 1
-    assert compared > DRAWS // 6
-    assert ties > 0
 
 
 # --- what PEERS found, in numbers ------------------------------------------------------------
@@ -499,16 +255,6 @@ def test_a_share_is_rounded_as_the_original_rounds_it(name, share, original, pix
         assert int(pixels * original / unit) == kept
 
 
-def test_the_percentage_is_the_one_that_was_divided():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(2000, generator=generator, dtype=torch.float64).mul(100).tolist()
-    for digits in (0, 1, 2, 6, 12):
-        for value in values:
-            per_cent = round(value, digits)
-            assert OhemRule(min_kept=per_cent / 100).per_cent == per_cent
-    assert OhemRule(min_kept=0.29).per_cent == 29
-
-
 def test_nnunet_mines_the_smoothed_loss():
     """A pixel whose plain loss is larger, and whose smoothed loss is smaller."""
     logits = torch.tensor([[1.0, 9.0], [0.5, 0.0], [0.5, -30.0]]).view(1, 3, 1, 2)
@@ -585,14 +331,6 @@ def test_what_the_docs_say_of_ccnet():
     assert f"differed by {low:.1f} to {high:.0f} %, {middle:.1f} % in the median" in one_line(DOCS)
 
 
-def test_which_rules_the_fast_path_knows():
-    """A habit that makes no difference must not cost the fused kernels."""
-    plain = {name for name in PRESETS if preset_rule(name).plain}
-    assert plain == {"mmseg-sampler", "hrnet", "bisenet", "torchseg", "textbook"}
-    assert replace(preset_rule("hrnet"), min_kept=0).plain
-    assert not replace(preset_rule("torchseg"), min_kept=0).plain
-
-
 def test_hrnet_with_threshold_0_is_pure_top_k():
     for seed in range(40):
         problem = draw(seed, "hrnet", torch.float64)
@@ -616,18 +354,70 @@ def test_docs_list_the_deviations():
         assert f"- **{words}" in DOCS
 
 
-def test_paddleseg_restated_in_the_edge_cases():
-    recorded = json.loads(edge_cases.RECORD.read_text())["cells"]
-    assert list(recorded) == list(edge_cases.cases())
-    for name, case in edge_cases.cases().items():
-        if recorded[name].startswith("raises"):
-            assert name in ("out_channels=1", "fp16 saturation")  # errors of Paddle's kernels
-        else:
-            assert edge_cases.cell(edge_cases.restated("paddleseg"), case) == recorded[name], name
+# --- overlap losses --------------------------------------------------------------------------
 
 
-def test_nnunet_itself_in_the_edge_cases():
-    pytest.importorskip("nnunetv2.training.loss.robust_ce_loss")
-    for name, case in edge_cases.cases().items():
-        (row,) = (line for line in DOCS.splitlines() if line.startswith(f"| {name} | "))
-        assert row.strip("| ").split(" | ")[-1] == edge_cases.cell(edge_cases.nnunet, case), name
+@pytest.mark.parametrize("name", REGION_PRESETS)
+def test_equals_the_restatement(name):
+    def original(logits, target, use_sigmoid, rule, weights):
+        options = dict(rule)
+        if name not in SOFTMAX_ONLY:
+            options["use_sigmoid"] = use_sigmoid
+        if weights is not None:
+            options["class_weight"] = weights
+        return REGION_ORIGINALS[name](logits, target, **options)
+
+    ignored = name != "mmseg-dice"  # it counts them
+    assert (
+        sum(compare(name, seed, original, ignored=ignored) for seed in range(REGION_DRAWS))
+        > REGION_DRAWS / 2
+    )
+
+
+def test_every_preset_is_restated():
+    assert set(REGION_PRESETS) == set(REGION_ORIGINALS)
+
+
+@pytest.mark.parametrize("s", [0.1, 0.4])
+def test_jaccard_metric_loss_with_soft_labels(s):
+    """With soft labels the originals count all classes."""
+    for seed in range(30):
+        logits, target, _, _, _ = draw_region(seed, "jdt")
+        if (target == 255).all():
+            continue
+        ours = RegionLoss(preset="jdt", classes="all", label_smoothing=s)
+        loss, grad = value_and_grad(lambda z, o=ours, t=target: o(z, t), logits)
+        expected = value_and_grad(
+            lambda z, t=target: REGION_ORIGINALS["jdt"](z, t, label_smoothing=s), logits
+        )
+        torch.testing.assert_close((loss, grad), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", REGION_PRESETS)
+def test_finite_at_the_edges(name):
+    cases = {
+        "all ignored": (torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), 255)),
+        "one pixel": (torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)),
+        "one image ignored": (
+            torch.randn(2, 3, 1, 2),
+            torch.tensor([[[1, 2]], [[255, 255]]]),
+        ),
+    }
+    loss = RegionLoss.from_preset(name)
+    for case, (logits, target) in cases.items():
+        value, grad = value_and_grad(lambda z, t=target: loss(z, t), logits)
+        assert math.isfinite(value), case
+        assert grad.isfinite().all(), case
+        assert (value == 0) == (case == "all ignored"), case
+
+
+def test_overrides_of_a_region_loss_win_too():
+    for loss in (
+        RegionLoss("jaccard", preset="monai-dice"),
+        RegionLoss(preset="monai-dice", kind="jaccard"),
+        RegionLoss.from_preset("monai-dice", kind="jaccard"),
+    ):
+        assert loss.kind == "jaccard"
+        assert (loss.pool, loss.classes, loss.smooth) == ("image", "all", 1e-5)
+    with pytest.raises(ValueError, match=r"preset must be one of smp-dice,.*'monai'"):
+        RegionLoss(preset="monai")
