@@ -214,3 +214,13 @@ def test_resume_from_a_checkpoint_that_was_deleted(tool):
     assert code == 2
     assert one_sentence(message)
     assert "there is no checkpoint 'gone.pth'" in message
+
+
+def test_latest_checkpoint_is_a_whole_one(tmp_path):
+    assert checkpoints.numbered(tmp_path) == []
+    for step in (90, 100, 110):
+        torch.save({"x": torch.zeros(1000)}, f"iter_{step}.pth")
+    content = Path("iter_110.pth").read_bytes()
+    Path("iter_110.pth").write_bytes(content[: len(content) // 2])
+    torch.save({}, "best_mIoU_iter_300.pth")
+    assert checkpoints.numbered(tmp_path)[0].name == "iter_100.pth"
