@@ -124,6 +124,7 @@ def test_numbers_are_those_of_a_direct_computation(call, checkpoint, config, spl
 def test_the_heads_own_settings_are_reported(call, checkpoint):
     _, out, _ = call(CE, checkpoint, "--num-batches", 1)
     assert "decode_head does not mine." in out
+    assert "not whether mining pays" in out
     thresh = ["model.decode_head.loss_decode.thresh=0.1234"]
     _, out, _ = call(OHEM, checkpoint, "--num-batches", 2, options=thresh)
     probs = [p[v] for p, v in direct(checkpoint, "train", 2)]

@@ -217,6 +217,27 @@ def test_accuracy_tables_are_taken_from_the_reports(page):
         assert len(marked) >= 2
 
 
+def test_the_page_on_losses_shows_what_the_grid_reports():
+    report = PAGES["configs/quickstart/README.md"].partition("<!-- report: when-it-pays -->")[2]
+    tables = re.findall(r"^(.+), channels (\d+):\n\n((?:\|.*\n)+)", report, re.MULTILINE)
+    cells = {}
+    for title, channels, table in tables:
+        (_, *iterations), *body = rows(table)
+        for rare, *values in body:
+            for name, value in zip(iterations, values, strict=True):
+                cells[title, rare, channels, name.removeprefix("iterations ")] = value
+    head, *body = rows(PAGES["docs/which_loss.md"])
+    assert head[0] == "rare objects"
+    assert len(body) == 8
+    names = (
+        "rare-class mIoU, plain CE",
+        "mIoU, OHEM minus plain CE",
+        "mIoU, CE + Dice minus plain CE",
+    )
+    for *cell, ce, ours, region in body:
+        assert [ce, ours, region] == [cells[(name, *cell)] for name in names]
+
+
 @every_page
 def test_tables_of_time_and_memory_are_taken_from_the_records(page):
     pytest.importorskip("rich")

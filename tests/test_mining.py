@@ -192,7 +192,7 @@ def run_rank(rank, ranks, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equals_one_process(ranks):
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (ranks, folder), nprocs=ranks)

@@ -216,7 +216,10 @@ def test_non_finite_logits_show(loss):
 @pytest.mark.parametrize(
     "loss",
     [
-        *(OhemCrossEntropyLoss(min_kept=0.5, pool=pool) for pool in ("batch", "image", "class")),
+        *(
+            pytest.param(OhemCrossEntropyLoss(min_kept=0.5, pool=pool), marks=pytest.mark.slow)
+            for pool in ("batch", "image", "class")
+        ),
         Pair({"min_kept": 0.5}, {"pool": "image", "label_smoothing": 0.1}),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICE, INTERPRETED, runs
+from interpreter import DEVICE, INTERPRETED, runs, slow
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
 from ohem_mm.ops import choose_backend
@@ -125,7 +125,7 @@ SIZES = {
 
 
 @runs
-@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("align_corners", [False, slow(True)])
 @pytest.mark.parametrize("name", SIZES)
 def test_every_scale_agrees_with_the_oracle(small_tiles, name, align_corners):
     low, size = SIZES[name]
@@ -135,8 +135,8 @@ def test_every_scale_agrees_with_the_oracle(small_tiles, name, align_corners):
 
 @runs
 @pytest.mark.parametrize("use_sigmoid", [False, True])
-@pytest.mark.parametrize("channels", [1, 2, 19, 33])
-@pytest.mark.parametrize("size", [(4, 5), (3, 4)])
+@pytest.mark.parametrize("channels", [1, 2, slow(19), 33])
+@pytest.mark.parametrize("size", [(4, 5), slow((3, 4))])
 def test_any_number_of_classes(channels, use_sigmoid, size):
     if channels == 1 and not use_sigmoid:
         pytest.skip("softmax over one class is always 1")
@@ -146,7 +146,7 @@ def test_any_number_of_classes(channels, use_sigmoid, size):
 
 @runs
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", [torch.uint8, slow(torch.int16), slow(torch.int32), torch.int64])
 def test_types(dtype, kind):
     logits, target = batch(2, (2, 3, 2, 3), (5, 6), dtype=dtype)
     check(logits, target.to(kind))
@@ -159,7 +159,7 @@ def test_negative_ignore_index():
 
 
 @runs
-@pytest.mark.parametrize("walk", [1, 2, 4, 7])
+@pytest.mark.parametrize("walk", [slow(1), 2, slow(4), 7])
 def test_rows_that_a_program_walks_down(small_tiles, monkeypatch, walk):
     monkeypatch.setattr(sys.modules[__name__], "tiling", SMALL._replace(walk=walk))
     logits, target = batch(3, (1, 6, 5, 5), (11, 9))
@@ -214,8 +214,8 @@ def test_smoothing_and_interpolation(rule):
 
 
 @runs
-@pytest.mark.parametrize("avg", ["kept", "valid", "all"])
-@pytest.mark.parametrize("weighted_mean", [False, True])
+@pytest.mark.parametrize("avg", ["kept", slow("valid"), "all"])
+@pytest.mark.parametrize("weighted_mean", [slow(False), True])
 def test_weights(avg, weighted_mean):
     logits, target = batch(6, (2, 3, 5, 7), (5, 7))
     class_weight = torch.tensor([0.5, 2.0, 0.0])
@@ -237,9 +237,11 @@ TIES = {
 
 
 @runs
-@pytest.mark.parametrize("avg", ["kept", pytest.param("valid", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pool", ["batch", "image", "class"])
-@pytest.mark.parametrize("name", TIES)
+@pytest.mark.parametrize("avg", ["kept", slow("valid")])
+@pytest.mark.parametrize("pool", ["batch", slow("image"), "class"])
+@pytest.mark.parametrize(
+    "name", ["some", "none", "share", *map(slow, ("all", "per image", "always"))]
+)
 def test_ties_share_the_places_that_are_left(small_tiles, name, pool, avg):
     logits = torch.tensor([2.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 3, 4).contiguous()
     target = torch.zeros(2, 6, 8, dtype=torch.long)
@@ -338,7 +340,7 @@ def test_nothing_kept_and_no_pixels_at_all():
 
 @runs
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("size", [(4, 4), pytest.param((8, 8), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [(4, 4), slow((8, 8))])
 def test_not_finite_is_kept_where_valid_and_unseen_where_ignored(bad, size):
     logits, target = batch(8, (2, 3, 4, 4), size, ignored=0.0)
     target[0, 0, 0] = 1

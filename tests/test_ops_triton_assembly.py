@@ -132,7 +132,8 @@ def test_odd_sizes_and_classes_have_few_variants():
 # --- machine code --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
 def test_the_compiler_takes_every_kernel(triton_cache, capability):
     launches = []
     combinations = list(itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 19)))

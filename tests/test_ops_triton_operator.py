@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import DEVICE, runs
+from interpreter import DEVICE, runs, slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops
@@ -75,8 +75,8 @@ class Graphs(list):
     "rule",
     [
         {"thresh": 0.3, "min_kept": 0.9, "pool": "class", "class_weight": [1.0, 2.0, 3.0]},
-        {"use_sigmoid": True, "label_smoothing": 0.1, "align_corners": True, "pool": "image"},
-        {"label_smoothing": 0.2, "min_kept": 7, "reduction": "sum", "always_keep": [1]},
+        slow({"use_sigmoid": True, "label_smoothing": 0.1, "align_corners": True, "pool": "image"}),
+        slow({"label_smoothing": 0.2, "min_kept": 7, "reduction": "sum", "always_keep": [1]}),
     ],
 )
 def test_compiled_equals_eager_mode(rule, trials):
@@ -94,6 +94,7 @@ def test_compiled_equals_eager_mode(rule, trials):
     assert {kind[1:3] for kind in trials.asked} == {(torch.float32, 3)}
 
 
+@pytest.mark.slow
 @runs
 def test_through_aot_autograd_with_a_divisor_given_by_hand():
     logits, target = batch((1, 1, 2, 3), (4, 6), torch.bfloat16)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from interpreter import DEVICE, runs
+from interpreter import DEVICE, runs, slow
 from region_kernels import SMALL, ours, problem
 
 from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ops, reference
@@ -64,10 +64,10 @@ PLAIN = OhemRule(None, 1.0)
 @pytest.mark.parametrize(
     ("low", "size", "rule", "squared", "weighted", "reduction"),
     [
-        pytest.param((2, 3), (7, 10), OhemRule(), False, False, "mean", marks=pytest.mark.slow),
-        ((3, 7), (4, 15), OhemRule(0.1, 30, "image"), True, True, "mean"),
+        slow((2, 3), (7, 10), OhemRule(), False, False, "mean"),
+        slow((3, 7), (4, 15), OhemRule(0.1, 30, "image"), True, True, "mean"),
         ((4, 5), (4, 5), OhemRule(0.2, 0.5, "class", avg="valid"), False, True, "sum"),
-        pytest.param((2, 3), (7, 10), PLAIN, False, False, "mean", marks=pytest.mark.slow),
+        slow((2, 3), (7, 10), PLAIN, False, False, "mean"),
     ],
 )
 def test_a_pair_equals_the_oracle(low, size, rule, squared, weighted, reduction):

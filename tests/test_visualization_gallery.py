@@ -244,7 +244,9 @@ def browse(page, *options):
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize(("width", "light"), [(1400, True), (500, False)])
+@pytest.mark.parametrize(
+    ("width", "light"), [(1400, True), pytest.param(500, False, marks=pytest.mark.slow)]
+)
 def test_gallery_in_a_browser(tool, tmp_path, checkpoint, width, light):
     tool(OHEM, checkpoint, "--out-dir", tmp_path)
     page = tmp_path / "index.html"

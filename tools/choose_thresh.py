@@ -130,6 +130,7 @@ def main() -> None:
             table.box, table.show_edge = box.MARKDOWN, True
         console.print(table)
         console.print(thresholds.sentences(counts, title), highlight=False)
+    console.print(thresholds.ADVICE, highlight=False, soft_wrap=True)
     if args.csv:
         thresholds.write_csv(args.csv, watch.counts, watch.threshes, args.min_kept)
     if args.plot:

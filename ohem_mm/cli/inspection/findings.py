@@ -75,6 +75,9 @@ warning not-imported: type={type!r} is known only once ohem_mm is imported
     -> write 'ohem_mm.{type}', or add custom_imports=dict(imports=['ohem_mm'])
 note region-alone: an overlap loss alone gives no gradient to a class that is predicted nowhere
     -> put a cross-entropy beside it, such as OhemCrossEntropyLoss with thresh=None, min_kept=1.0
+note mined-region: mining beside an overlap loss took away part of what that gains, wherever both
+    were measured
+    -> thresh=None, min_kept=1.0 beside it is plain cross-entropy; compare both (docs/which_loss.md)
 note no-floor: min_kept=0: late in training, when few pixels are hard, little is trained on
     -> set a floor, for example min_kept=1/16
 note thresh-below-chance: thresh={thresh:g} is not above chance (1/{classes}): only badly wrong

@@ -316,6 +316,8 @@ class Head:
         self.add("not-fused", self.path, hooked and not fits, reason=reason)
         mines = any(row.mines == "yes" for row in self.rows)
         self.add("could-be-fused", self.path, mines and fits and not hooked)
+        regions = any(row.loss == REGION for row in self.rows)
+        self.add("mined-region", self.path, mines and regions)
 
 
 def _stand_in(node: Any) -> nn.Module:
