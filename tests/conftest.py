@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import sys
 from unittest import mock
@@ -13,6 +12,7 @@ from left_out import (  # noqa: F401
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+from loading import load_tool
 
 pytest.register_assert_rewrite("benchmarks", "originals", "tooling")
 
@@ -67,15 +67,11 @@ def elsewhere(tmp_path, monkeypatch):
 def tool(monkeypatch, capsys):
     """Call a tool in this process; return its exit code and what it wrote to stderr."""
     from ohem_mm import cli
-    from ohem_mm.config import config_path
 
     def call(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, config_path(f"tools/{name}.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setenv("LOCAL_RANK", "0")
-        code = cli.run(module.main)
+        code = cli.run(load_tool(name).main)
         return code, capsys.readouterr().err
 
     return call

@@ -11,13 +11,6 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def slow(*values):
-    """Values of a test's parameters that are left to the long tests."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="kernels run within test_interpreter.py"
 )

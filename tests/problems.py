@@ -20,6 +20,16 @@ def value_and_grad(function, logits, *args, **kwargs):
     return loss.detach(), logits.grad
 
 
+def assert_compiled_equals(loss, backend, logits, target, weight, stats):
+    """Compiled by ``backend``, the loss gives what it gives in eager mode, statistics included."""
+    compiled_stats = dict(stats)
+    expected = value_and_grad(loss, logits, target, weight, stats=stats)
+    function = torch.compile(loss, fullgraph=True, backend=backend)
+    result = value_and_grad(function, logits, target, weight, stats=compiled_stats)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(compiled_stats, stats)
+
+
 def batch(seed, shape=(2, 4, 6, 5), ignored=0.2, scale=3.0, dtype=torch.float32):
     """Logits, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)

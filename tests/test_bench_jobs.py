@@ -1,7 +1,6 @@
 """Jobs: in which order they run, and what is left of them when they fail or are killed."""
 
 import contextlib
-import importlib.util
 import os
 import re
 import signal
@@ -26,6 +25,7 @@ from benchmarks import (
     write_yaml,
     written,
 )
+from loading import load_tool
 
 pytest.importorskip("mmseg")
 pytest.importorskip("matplotlib")
@@ -137,16 +137,11 @@ def tool(monkeypatch, capsys):
     """Call the tool in this process; return its exit code and what it wrote to stderr."""
 
     def call(*arguments):
-        spec = importlib.util.spec_from_file_location("benchmark_miou", TOOL)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["benchmark_miou"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", ["benchmark_miou", *arguments])
-        code = cli.run(module.main)
+        code = cli.run(load_tool("benchmark_miou").main)
         return code, capsys.readouterr().err
 
-    yield call
-    sys.modules.pop("benchmark_miou", None)
+    return call
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from loading import load_tool
 
 from ohem_mm.bench.speed import meter, problems, providers, report
 from ohem_mm.config import config_path
@@ -23,12 +24,7 @@ QUICK = ["--device", "cpu", "--warmup", "1", "--repeats", "2"]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location(
-        "benchmark_loss", config_path("tools/benchmark_loss.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("benchmark_loss")
 
 
 @pytest.fixture

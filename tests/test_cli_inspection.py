@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from loading import load_tool
 from tooling import CE, OHEM, load, one_sentence
 
 from ohem_mm.config import config_path, list_configs
@@ -41,11 +41,7 @@ BROKEN = MMSEG / "bisenetv2" / "bisenetv2_fcn_4xb4-ohem-160k_cityscapes-1024x102
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run the tool in this process; return its exit code and stdout."""
-    spec = importlib.util.spec_from_file_location(
-        "inspect_config", config_path("tools/inspect_config.py")
-    )
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("inspect_config")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["inspect_config", *map(str, arguments)])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import sys
 from collections import OrderedDict
 
 import pytest
 import torch
+from loading import load_tool
 from tiny import CE, OPTIONS, save_checkpoint, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from ohem_mm.config import config_path
 from ohem_mm.mining import keep_pixels
 from ohem_mm.rule import OhemRule
 
@@ -36,12 +35,7 @@ SAMPLER = "quickstart/unet-tiny_1xb4-sampler-1k_scenes-96x192"
 
 @pytest.fixture(scope="module")
 def choose():
-    spec = importlib.util.spec_from_file_location(
-        "choose_thresh", config_path("tools/choose_thresh.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("choose_thresh")
 
 
 @pytest.fixture

@@ -2,19 +2,17 @@
 
 import pytest
 import torch
+import trainings
 
 pytest.importorskip("mmseg")
 
 import mmseg.models  # noqa: F401
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from ohem_mm.config import config_path
 from ohem_mm.hooks.fused import fuse_heads
 
 OHEM = {"type": "OhemCrossEntropyLoss", "thresh": 0.6, "min_kept": 0.2}
@@ -231,33 +229,17 @@ def test_knet_is_fused_where_its_loss_is():
 
 
 def train(work_dir, hooks):
-    cfg = Config.fromfile(config_path("quickstart/unet-tiny_1xb4-ohem-1k_scenes-96x192"))
-    cfg.merge_from_dict(
-        {
-            "work_dir": str(work_dir),
-            "custom_hooks": hooks,
-            "train_cfg.max_iters": 20,
-            "train_cfg.val_interval": 100,
-            "train_dataloader.batch_size": 2,
-            "train_dataloader.num_workers": 0,
-            "train_dataloader.persistent_workers": False,
-            "train_dataloader.dataset.num_scenes": 40,
-            "train_dataloader.dataset.size": (48, 96),
-            "val_dataloader.dataset.num_scenes": 1,
-            "val_dataloader.num_workers": 0,
-            "val_dataloader.persistent_workers": False,
-            "model.data_preprocessor.size": (48, 96),
-            "default_hooks.logger.interval": 1,
-            "experiment_name": work_dir.name,
-        }
-    )
     # Small steps: with larger ones, or AdamW, rounding decides about a pixel and runs part.
-    cfg.optim_wrapper.optimizer = {"type": "SGD", "lr": 0.01, "momentum": 0.9}
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    history = runner.message_hub.get_scalar("train/loss").data[0]
-    accuracy = runner.message_hub.get_scalar("train/decode.acc_seg").data[0]
-    return runner, torch.tensor(history), torch.tensor(accuracy)
+    sgd = {"_delete_": True, "type": "SGD", "lr": 0.01, "momentum": 0.9}
+    sizes = {
+        "train_cfg.max_iters": 20,
+        "train_dataloader.dataset.num_scenes": 40,
+        "train_dataloader.dataset.size": (48, 96),
+        "model.data_preprocessor.size": (48, 96),
+    }
+    runner = trainings.train(work_dir, hooks, **sizes, **{"optim_wrapper.optimizer": sgd})
+    values = (trainings.history(runner, key) for key in ("loss", "decode.acc_seg"))
+    return runner, *map(torch.tensor, values)
 
 
 def test_training_agrees_step_by_step(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from interpreter import DEVICE, INTERPRETED
+from marks import slow
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -22,7 +23,7 @@ def test_the_files_are_found():
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the files themselves run the kernels")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["not slow", slow("slow")])
 @pytest.mark.parametrize("file", FILES)
 def test_in_the_interpreter(file, which):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, file]

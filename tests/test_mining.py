@@ -2,15 +2,13 @@
 
 import itertools
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
+from ranks import averaged, on_ranks
 
 from ohem_mm import ohem_cross_entropy, reference
 from ohem_mm.mining import keep_pixels
@@ -173,30 +171,20 @@ def world_problem(sizes, second_is_ignored):
     return batches
 
 
-def run_rank(rank, ranks, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
-    )
+def run_rank(rank, ranks):
     results = []
     for rule, sizes, ignored in itertools.product(RULES, SIZES, [False, True]):
         logits, target = world_problem(sizes[:ranks], ignored)[rank]
         logits.requires_grad_()
         loss = ohem_cross_entropy(logits, target, pool="world", **rule)
         loss.backward()
-        # As DistributedDataParallel averages: the parameters' gradients, so here the inputs'.
-        mean = loss.detach() / ranks
-        dist.all_reduce(mean)
-        results.append((mean, logits.grad / ranks))
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+        results.append(averaged(loss, logits, ranks))
+    return results
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, slow(3)])
 def test_equals_one_process(ranks):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (ranks, folder), nprocs=ranks)
-        per_rank = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+    per_rank = on_ranks(ranks, run_rank)
     cases = list(itertools.product(RULES, SIZES, [False, True]))
     assert len(cases) == len(per_rank[0])
     for index, (rule, sizes, ignored) in enumerate(cases):

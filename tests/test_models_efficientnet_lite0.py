@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from loading import load_tool
 from torch import Tensor, nn
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/model_converters/efficientnet_lite0.py"
@@ -27,12 +27,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("efficientnet_lite0", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("model_converters/efficientnet_lite0")
 
 
 class _Block(nn.Module):

@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from marks import slow
+from problems import assert_compiled_equals, value_and_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -47,13 +49,6 @@ def batch(shape=(2, 5, 6, 7), size=(23, 29), dtype=torch.float32):
     target = torch.randint(0, max(2, shape[1]), (shape[0], *size), generator=generator)
     target[torch.rand(target.shape, generator=generator) < 0.2] = 255
     return logits.to(dtype), target
-
-
-def value_and_grad(function, logits, *args, **kwargs):
-    logits = logits.detach().requires_grad_()
-    loss = function(logits, *args, **kwargs)
-    loss.sum().backward()
-    return loss.detach(), logits.grad
 
 
 class Graphs:
@@ -106,13 +101,9 @@ def test_equals_eager_mode_and_keeps_no_full_resolution_logits(rule, weighted):
     if weighted:
         weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
     loss = OhemCrossEntropyLoss(**rule)
-    stats, compiled_stats = ({"kept": None} if weighted else {} for _ in range(2))
-    expected = value_and_grad(loss, logits, target, weight, stats=stats)
+    stats = {"kept": None} if weighted else {}
     graphs = Graphs()
-    function = torch.compile(loss, fullgraph=True, backend=graphs)
-    result = value_and_grad(function, logits, target, weight, stats=compiled_stats)
-    torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(compiled_stats, stats)
+    assert_compiled_equals(loss, graphs, logits, target, weight, stats=stats)
     assert graphs.operators == [OPERATOR, "ohem_mm.pixel_cross_entropy_backward.default"]
     histograms = 2048 * {"class": 5, "image": 2}.get(loss.pool, 1)
     assert graphs.largest <= max(target.numel(), histograms) < logits.shape[1] * target.numel()
@@ -160,13 +151,8 @@ def test_region_loss_equals_eager_mode_and_keeps_one_operator(rule, weighted):
     if weighted:
         weight = torch.rand(target.shape, generator=torch.Generator().manual_seed(1))
     loss = RegionLoss(**rule)
-    stats, compiled_stats = {}, {}
-    expected = value_and_grad(loss, logits, target, weight, stats=stats)
     graphs = Graphs()
-    function = torch.compile(loss, fullgraph=True, backend=graphs)
-    result = value_and_grad(function, logits, target, weight, stats=compiled_stats)
-    torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(compiled_stats, stats)
+    assert_compiled_equals(loss, graphs, logits, target, weight, stats={})
     assert graphs.operators == SUMS
     assert graphs.largest <= target.numel()
 
@@ -217,7 +203,7 @@ def test_non_finite_logits_show(loss):
     "loss",
     [
         *(
-            pytest.param(OhemCrossEntropyLoss(min_kept=0.5, pool=pool), marks=pytest.mark.slow)
+            slow(OhemCrossEntropyLoss(min_kept=0.5, pool=pool))
             for pool in ("batch", "image", "class")
         ),
         Pair({"min_kept": 0.5}, {"pool": "image", "label_smoothing": 0.1}),

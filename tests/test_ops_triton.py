@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICE, INTERPRETED, runs, slow
+from interpreter import DEVICE, INTERPRETED, runs
+from marks import slow
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, reference
 from ohem_mm.ops import choose_backend

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from marks import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -210,7 +211,7 @@ REGION_CEILINGS = {
 
 
 @pytest.mark.parametrize("shape", report.SHAPES)
-@pytest.mark.parametrize("squared", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("squared", [slow(False), True])
 @pytest.mark.parametrize("rule", [None, OhemRule()], ids=["alone", "pair"])
 def test_the_region_term_stays_below_its_ceilings(triton_cache, shape, squared, rule):
     if assembly.tool("cuobjdump") is None:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from interpreter import DEVICE, runs, slow
+from interpreter import DEVICE, runs
+from marks import slow
+from problems import assert_compiled_equals, value_and_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ohem_mm import OhemCrossEntropyLoss, ohem_cross_entropy, ops
@@ -52,13 +54,6 @@ def batch(shape=(2, 3, 2, 3), size=(8, 12), dtype=torch.float32):
     return logits, target.to(DEVICE)
 
 
-def value_and_grad(function, logits, *args, **kwargs):
-    logits = logits.detach().requires_grad_()
-    loss = function(logits, *args, **kwargs)
-    loss.backward()
-    return loss.detach(), logits.grad
-
-
 class Graphs(list):
     def __call__(self, graph, _):
         self.append(graph)
@@ -83,13 +78,8 @@ def test_compiled_equals_eager_mode(rule, trials):
     logits, target = batch()
     loss = OhemCrossEntropyLoss(**rule).to(DEVICE)
     weight = torch.rand(target.shape, device=DEVICE)
-    stats, compiled_stats = {}, {}
-    expected = value_and_grad(loss, logits, target, weight, stats=stats)
     graphs = Graphs()
-    function = torch.compile(loss, fullgraph=True, backend=graphs)
-    result = value_and_grad(function, logits, target, weight, stats=compiled_stats)
-    torch.testing.assert_close(result, expected)
-    torch.testing.assert_close(compiled_stats, stats)
+    assert_compiled_equals(loss, graphs, logits, target, weight, stats={})
     assert graphs.operators == ["ohem_mm.ohem.default"]
     assert {kind[1:3] for kind in trials.asked} == {(torch.float32, 3)}
 

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from interpreter import DEVICE, runs, slow
+from interpreter import DEVICE, runs
+from marks import slow
 from region_kernels import SMALL, ours, problem
 
 from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ops, reference

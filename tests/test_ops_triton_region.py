@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from interpreter import runs, slow
+from interpreter import runs
+from marks import slow
 from region_kernels import oracle, ours, problem
 
 from ohem_mm.rule import RegionRule

@@ -6,6 +6,7 @@ import pytest
 import torch
 from interpreter import DEVICE as PLACE
 from interpreter import INTERPRETED, runs
+from marks import slow
 from planted import plant
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,9 +32,9 @@ def small(monkeypatch):
     ("dtype", "channels", "use_sigmoid"),
     [
         (torch.float32, 3, False),
-        pytest.param(torch.float16, 1, True, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 4, False, marks=pytest.mark.slow),
-        pytest.param(torch.float32, 2, True, marks=pytest.mark.slow),
+        slow(torch.float16, 1, True),
+        slow(torch.bfloat16, 4, False),
+        slow(torch.float32, 2, True),
     ],
 )
 def test_it_passes(small, dtype, channels, use_sigmoid):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from interpreter import DEVICE, INTERPRETED, runs, slow
+from interpreter import DEVICE, INTERPRETED, runs
+from marks import slow
 from planted import plant
 from region_kernels import SMALL
 

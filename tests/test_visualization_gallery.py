@@ -1,6 +1,5 @@
 """The gallery of the hardest images, through ``tools/show_hard_pixels.py``."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +14,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import torch
+from loading import load_tool
+from marks import slow
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -54,13 +55,9 @@ def tool(monkeypatch, capsys):
     """Run the tool in this process; return its exit code and what it wrote."""
 
     def call(*arguments, options=()):
-        path = config_path("tools/show_hard_pixels.py")
-        spec = importlib.util.spec_from_file_location("show_hard_pixels", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         options = ["--cfg-options", *SMALL, *options]
         monkeypatch.setattr(sys, "argv", ["show_hard_pixels", *map(str, arguments), *options])
-        code = cli.run(module.main)
+        code = cli.run(load_tool("show_hard_pixels").main)
         return code, *capsys.readouterr()
 
     return call
@@ -244,9 +241,7 @@ def browse(page, *options):
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize(
-    ("width", "light"), [(1400, True), pytest.param(500, False, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("width", "light"), [(1400, True), slow(500, False)])
 def test_gallery_in_a_browser(tool, tmp_path, checkpoint, width, light):
     tool(OHEM, checkpoint, "--out-dir", tmp_path)
     page = tmp_path / "index.html"

@@ -1,6 +1,6 @@
 """One job of a benchmark: a process that trains and tests one variant with one seed.
 
-``python -m ohem_mm.bench.job FOLDER/job.json`` is how the scheduler starts it.
+``python -m ohem_mm.bench.job FOLDER`` is how the scheduler starts it.
 """
 
 from __future__ import annotations
@@ -227,4 +227,4 @@ def _train_and_test(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: run_job(Path(sys.argv[1]).parent)))
+    sys.exit(cli.run(lambda: run_job(Path(sys.argv[1]))))

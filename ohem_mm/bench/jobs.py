@@ -128,7 +128,7 @@ def _start(job: Job, slot: int, args: argparse.Namespace) -> None:
         (job.folder / name).unlink(missing_ok=True)
     spec = {"record": job.record, "metric": args.metric, "launcher": args.launcher}
     write_json(job.folder / "job.json", {**spec, "config_text": job.cfg.pretty_text})
-    script = ["-m", "ohem_mm.bench.job", str(job.folder / "job.json")]
+    script = ["-m", "ohem_mm.bench.job", str(job.folder)]
     command = [sys.executable, *script]
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK")}
     environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(args.threads)

@@ -160,9 +160,11 @@ def grid_maps(results: Results) -> list[GridMap]:
             values: dict[tuple[int, ...], list[float]] = {}
             for variant in benchmark.variants.values():
                 if variant.cell and variant.row == row:
-                    scores = [*map(score, results.runs.get(variant.name, {}).values())]
-                    paired = results.differences(variant.name, score)
-                    values[variant.cell] = paired if is_difference else scores
+                    values[variant.cell] = (
+                        results.differences(variant.name, score)
+                        if is_difference
+                        else [*map(score, results.runs.get(variant.name, {}).values())]
+                    )
             if not any(values.values()):
                 continue
             title = f"{name}, {label}" if row else name

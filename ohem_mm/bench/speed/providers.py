@@ -19,8 +19,7 @@ from ohem_mm import OhemCrossEntropyLoss, RegionLoss, ops
 from ohem_mm.bench.heads import bare_head, make_samples
 from ohem_mm.bench.peers import submodule
 from ohem_mm.bench.speed.problems import IGNORE, THRESH, Problem, upsampled
-from ohem_mm.bench.speed.values import OHEM as RULE
-from ohem_mm.bench.speed.values import backend, cross_entropy
+from ohem_mm.bench.speed.values import RULE, backend, cross_entropy
 from ohem_mm.errors import UserError
 from ohem_mm.joint import joint_losses
 

@@ -54,11 +54,12 @@ def latest(rows: list[Row]) -> dict[Series, list[Row]]:
     for row in rows:
         row = {**row, **json.loads(row["config"])}
         row["label"] = row["provider"] + ("" if row["acc_seg"] else ", no acc_seg")
-        last = groups.get(_series(row), [row])[0]["timestamp"]
+        series = _series(row)
+        last = groups.get(series, [row])[0]["timestamp"]
         if row["timestamp"] > last:
-            del groups[_series(row)]
+            del groups[series]
         if row["timestamp"] >= last:
-            groups.setdefault(_series(row), []).append(row)
+            groups.setdefault(series, []).append(row)
     return groups
 
 

@@ -77,7 +77,7 @@ def _lovasz(problem: Problem) -> Tensor:
 
 def _ohem(problem: Problem) -> Tensor:
     with backend("eager"):
-        return ohem_cross_entropy(problem.pairs, problem.target, **OHEM)
+        return ohem_cross_entropy(problem.pairs, problem.target, **RULE)
 
 
 def _region(problem: Problem, preset: str | None = None) -> Tensor:
@@ -86,7 +86,7 @@ def _region(problem: Problem, preset: str | None = None) -> Tensor:
     return value
 
 
-OHEM: dict[str, Any] = {"thresh": THRESH, "min_kept": SHARE}
+RULE: dict[str, Any] = {"thresh": THRESH, "min_kept": SHARE}
 VALUES: dict[str, Callable[[Problem], Tensor]] = {
     "ohem": _ohem,
     "dice": _region,
@@ -116,7 +116,7 @@ def check_formula() -> None:
     """Compare the float64 paths that check our own providers with the oracle, on a small input."""
     problem = make_problem(Shape(2, 5, 24, 32, 4), "cpu")
     logits, labels = problem.logits.detach(), problem.labels
-    oracle = reference.ohem_cross_entropy(logits, labels, **OHEM)
+    oracle = reference.ohem_cross_entropy(logits, labels, **RULE)
     value = expected("ohem", problem)
     check("the float64 formula on a small input", value, float(oracle), tolerance=1e-9)
     oracle, value = reference.region_loss(logits, labels), expected("dice", problem)

@@ -105,6 +105,12 @@ class Head:
                 self._inert("other-head", row, **values)
         elif self.built and None not in self.built.values() and self.cls is not None:
             self._check_fused()
+            self._check_pair()
+
+    @property
+    def mines(self) -> bool:
+        """Whether any of its losses drops pixels."""
+        return any(row.mines == "yes" for row in self.rows)
 
     def _inert(self, code: str, row: Row, where: str = "", **values: Any) -> None:
         row.mines = "inert"
@@ -314,10 +320,11 @@ class Head:
         for row in self.rows:
             row.fused = hooked and fits if row.rule == OURS else None
         self.add("not-fused", self.path, hooked and not fits, reason=reason)
-        mines = any(row.mines == "yes" for row in self.rows)
-        self.add("could-be-fused", self.path, mines and fits and not hooked)
+        self.add("could-be-fused", self.path, self.mines and fits and not hooked)
+
+    def _check_pair(self) -> None:
         regions = any(row.loss == REGION for row in self.rows)
-        self.add("mined-region", self.path, mines and regions)
+        self.add("mined-region", self.path, self.mines and regions)
 
 
 def _stand_in(node: Any) -> nn.Module:
