@@ -13,7 +13,7 @@ SHOWN = [
     *("README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md"),
     *("docs/*.md", "docs/*.json", "docs/images/*"),
     *("configs/README.md", "configs/*/*.md", "configs/*/*.py", "configs/*/*.yaml"),
-    *("configs/*/plots/*", "tools/benchmarks/*", "ohem_mm/*.py"),
+    *("configs/*/*.jsonl", "configs/*/plots/*", "tools/benchmarks/*", "ohem_mm/*.py"),
 ]
 
 

@@ -322,12 +322,22 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def shown():
+    """The files that the built pages hold, by the list in docs/pages.py."""
+    module = ast.parse((DOCS / "pages.py").read_text())
+    lists = [n.value for n in module.body if isinstance(n, ast.Assign) and n.targets[0].id == "SHOWN"]
+    patterns = [node.value for node in ast.walk(lists[0]) if isinstance(node, ast.Constant)]
+    return {path for pattern in patterns for path in ROOT.glob(pattern)}
+
+
 @every_page
 def test_links_lead_somewhere(page):
+    files = shown()
+    assert ROOT / page in files
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[page]):
         file, _, anchor = target.partition("#")
         path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
-        assert path.exists(), target
+        assert path in files, f"{target}: not among the files of docs/pages.py"
         if anchor:
             assert anchor in anchors(path.read_text()), target
 
