@@ -1,5 +1,6 @@
 """How a tool ends, alone or among several, and how its runner is built."""
 
+import argparse
 import pickle
 import socket
 import subprocess
@@ -20,6 +21,27 @@ from ohem_mm import cli
 from ohem_mm.cli import checks, configs, process
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "local_rank", "task", "waits"),
+    [
+        ("slurm", None, "1", True),
+        ("slurm", None, "0", False),
+        ("pytorch", "0", "1", False),  # torchrun inside a task of Slurm
+        ("pytorch", "1", "0", True),
+    ],
+)
+def test_the_first_rank_speaks_first(monkeypatch, launcher, local_rank, task, waits):
+    monkeypatch.setenv("SLURM_LOCALID", task)
+    monkeypatch.setenv("LOCAL_RANK", local_rank or "")  # and taken back at the end
+    if not local_rank:
+        monkeypatch.delenv("LOCAL_RANK")
+    waited = []
+    monkeypatch.setattr(process.time, "sleep", waited.append)
+    args = argparse.Namespace(config="nowhere.py", launcher=launcher, local_rank=0)
+    assert cli.run(lambda: cli.load_config(args)) == 2
+    assert bool(waited) == waits
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")

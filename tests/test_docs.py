@@ -325,8 +325,8 @@ def anchors(text):
 def shown():
     """The files that the built pages hold, by the list in docs/pages.py."""
     module = ast.parse((DOCS / "pages.py").read_text())
-    lists = [n.value for n in module.body if isinstance(n, ast.Assign) and n.targets[0].id == "SHOWN"]
-    patterns = [node.value for node in ast.walk(lists[0]) if isinstance(node, ast.Constant)]
+    assigned = {n.targets[0].id: n.value for n in module.body if isinstance(n, ast.Assign)}
+    patterns = [n.value for n in ast.walk(assigned["SHOWN"]) if isinstance(n, ast.Constant)]
     return {path for pattern in patterns for path in ROOT.glob(pattern)}
 
 

@@ -27,7 +27,8 @@ def load_config(args: argparse.Namespace) -> Config:
     Without ``--work-dir`` and without ``work_dir`` in the config, the work directory is
     ``./work_dirs/<name of the config>``.
     """
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    task = os.environ.get("SLURM_LOCALID") if args.launcher == "slurm" else None
+    os.environ.setdefault("LOCAL_RANK", task or str(args.local_rank))
     path = config_path(args.config)
     # Imported now, without what mmseg prints about packages that it lacks.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError, RuntimeError):

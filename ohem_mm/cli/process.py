@@ -48,7 +48,7 @@ def run(main: Callable[[], None]) -> int:
         return 0
     # All ranks meet the same mistake. The launcher ends the others when the first one exits, so
     # waiting here leaves one sentence on the screen instead of one per rank.
-    if int(os.environ.get("SLURM_LOCALID", os.environ.get("LOCAL_RANK", 0))) > 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(5)
     print(f"error: {message}", file=sys.stderr)
     return 2
