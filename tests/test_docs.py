@@ -86,6 +86,12 @@ def test_config_example_builds(tmp_path):
         "min_kept": 1 / 16,
     }
     assert head.sampler is None
+    (other,) = (block for block in blocks("python", README) if block.startswith("loss_decode"))
+    names = {}
+    exec(other, names)
+    shipped = config_path("quickstart/unet-tiny_1xb4-region-1k_scenes-96x192")
+    head = mmengine.Config.fromfile(shipped).model.decode_head
+    assert head.loss_decode == names["loss_decode"]
 
 
 @every_page

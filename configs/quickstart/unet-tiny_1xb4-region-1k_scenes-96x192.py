@@ -1,6 +1,5 @@
 _base_ = "./unet-tiny_1xb4-1k_scenes-96x192.py"
-# Cross-entropy over all valid pixels (mining off), and Dice of each class present in the batch, 1 : 1. The
-# weights are those measured on CamVid (one seed); to be confirmed.
+# Cross-entropy over all valid pixels (mining off), and Dice of each class present in the batch, 1 : 1.
 model = dict(
     decode_head=dict(
         loss_decode=[
