@@ -126,7 +126,8 @@ def _tuning(results: Results) -> list[str]:
     for name, choice in results.choices.items():
         if not choice.finished:
             lacks = (f"{tune.label(value)}, seed {seed}" for value, seed in choice.missing)
-            unfinished.append(f"{label(name)} ({'; '.join(lacks)})")
+            begun = any(choice.scores.values())
+            unfinished.append(label(name) + f" ({'; '.join(lacks)})" * begun)
     if unfinished:
         parts.append(f"Not tuned yet: {'; '.join(unfinished)}.")
     return parts
@@ -240,7 +241,7 @@ def _setup(results: Results) -> str:
         f"{listed(run['iterations'] for run in records)} iterations; seeds "
         f"{listed(sorted({run['seed'] for run in records}))}; {len(records)} runs{tuning}, "
         f"{clock(seconds)} in all if run one by one. "
-        f"{listed(map(_machine, records))}; {versions}; commit {listed(map(_commit, records))}. "
+        f"{'; '.join(dict.fromkeys(map(_machine, records)))}; {versions}; commit {listed(map(_commit, records))}. "
         f"Made by `{command}`."
     )
     if results.outdated:
@@ -250,7 +251,7 @@ def _setup(results: Results) -> str:
 
 def _machine(run: Run) -> str:
     hardware = run["hardware"]
-    text = f"{hardware['cpu']}, {hardware['cores']} cores"
+    text = f"{hardware['cpu']}, {hardware['cores']} core{'s' * (hardware['cores'] != 1)}"
     if hardware["gpu"]:
         text = f"{hardware['gpu']} ({text})"
     else:
