@@ -236,12 +236,13 @@ def _setup(results: Results) -> str:
         settings = " ".join(shlex.quote(f"{k}={v}") for k, v in sorted(options.items()))
         command += f" --cfg-options {settings}"
     seconds = sum(run["train_seconds"] + run["test_seconds"] for run in records)
+    machines = "; ".join(dict.fromkeys(map(_machine, records)))
     versions = listed(" ".join(pair) for run in records for pair in run["versions"].items())
     text = (
         f"{listed(run['iterations'] for run in records)} iterations; seeds "
         f"{listed(sorted({run['seed'] for run in records}))}; {len(records)} runs{tuning}, "
         f"{clock(seconds)} in all if run one by one. "
-        f"{'; '.join(dict.fromkeys(map(_machine, records)))}; {versions}; commit {listed(map(_commit, records))}. "
+        f"{machines}; {versions}; commit {listed(map(_commit, records))}. "
         f"Made by `{command}`."
     )
     if results.outdated:
