@@ -200,11 +200,14 @@ def test_committed_tables_are_what_the_records_give(name, text):
     (path,) = (
         path
         for path in (ROOT / "configs").rglob("*.yaml")
-        if f"\nname: {name}\n" in f"\n{path.read_text()}"
+        if f"\nname: {name.partition('@')[0]}\n" in f"\n{path.read_text()}"
     )
     bench = files.load_benchmark(str(path))
     records = recs.read_records(bench.path.with_suffix(".jsonl"))
-    assert report.markdown(select(bench, records)) == text
+    at = float(name.partition("@")[2]) if "@" in name else None
+    results = select(bench, records, at)
+    assert results.block == name
+    assert report.markdown(results) == text
 
 
 # --- tuned ----------------------------------------------------------------------------------------
@@ -243,6 +246,9 @@ def test_report_of_a_tuned_benchmark():
     assert "Not tuned yet" not in text
     # 13 runs; 7 are in the table.
     assert "13 runs, 6 of them to tune, 14:05 in all" in text
+    # A seed at a value that was not chosen is for --at alone.
+    other = next(run for run in runs if place(run) == ("ce", 0.001, 0))
+    assert report.markdown(select(benchmark, [*runs, {**other, "seed": 1}])) == text
     assert report.markdown(select(benchmark, runs[::-1])) == text
     assert report.markdown(select(benchmark, json.loads(json.dumps(runs)))) == text
 

@@ -99,7 +99,7 @@ def main() -> None:
     results = select(benchmark, read_records(records), args.at)
     text = report.markdown(results)
     if args.command == "report" and args.write:
-        report.write(args.write, benchmark.name, text)
+        report.write(args.write, results.block, text)
     else:
         print(text, end="")
     if args.plot:

@@ -36,6 +36,11 @@ class Results:
         return self.records[0]
 
     @property
+    def block(self) -> str:
+        """The name of the report's block in a page."""
+        return self.benchmark.name + (f"@{self.at:g}" if self.at is not None else "")
+
+    @property
     def dropped(self) -> dict[str, float]:
         """Variants that got no further seeds, and how many points each lies behind."""
         return drops(self.benchmark, self.choices) if self.choices and self.at is None else {}
@@ -126,7 +131,8 @@ def select(benchmark: Benchmark, records: list[Run], at: float | None = None) ->
             fault = f"no value of {name} has been tried with all tuning seeds yet; go on with"
         raise UserError(f"{fault}: python tools/benchmark_miou.py run {benchmark.shown_path}")
     reported = {id(run) for seeds in runs.values() for run in seeds.values()}
-    tuning = [run for run in current if id(run) not in reported and at is None]
+    tried_to_choose = [r for r in current if tune and at is None and r["seed"] in tune.seeds]
+    tuning = [run for run in tried_to_choose if id(run) not in reported]
     return Results(benchmark, runs, len(records) - len(current), choices, at, tuple(tuning))
 
 
