@@ -328,6 +328,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@cache
 def shown():
     """The files that the built pages hold, by the list in docs/pages.py."""
     module = ast.parse((DOCS / "pages.py").read_text())

@@ -126,8 +126,7 @@ def _tuning(results: Results) -> list[str]:
     for name, choice in results.choices.items():
         if not choice.finished:
             lacks = (f"{tune.label(value)}, seed {seed}" for value, seed in choice.missing)
-            begun = any(choice.scores.values())
-            unfinished.append(label(name) + f" ({'; '.join(lacks)})" * begun)
+            unfinished.append(label(name) + f" ({'; '.join(lacks)})" * (name in choices))
     if unfinished:
         parts.append(f"Not tuned yet: {'; '.join(unfinished)}.")
     return parts
@@ -225,8 +224,8 @@ def _setup(results: Results) -> str:
     records = [*results.records, *results.tuning]
     tuning = f", {len(results.tuning)} of them to tune" if results.tuning else ""
 
-    def listed(values: Iterable[Any]) -> str:
-        return ", ".join(dict.fromkeys(map(str, values)))
+    def listed(values: Iterable[Any], by: str = ", ") -> str:
+        return by.join(dict.fromkeys(map(str, values)))
 
     command = f"python tools/benchmark_miou.py run {results.benchmark.shown_path}"
     if results.at is not None:
@@ -236,7 +235,7 @@ def _setup(results: Results) -> str:
         settings = " ".join(shlex.quote(f"{k}={v}") for k, v in sorted(options.items()))
         command += f" --cfg-options {settings}"
     seconds = sum(run["train_seconds"] + run["test_seconds"] for run in records)
-    machines = "; ".join(dict.fromkeys(map(_machine, records)))
+    machines = listed(map(_machine, records), by="; ")
     versions = listed(" ".join(pair) for run in records for pair in run["versions"].items())
     text = (
         f"{listed(run['iterations'] for run in records)} iterations; seeds "

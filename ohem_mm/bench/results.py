@@ -131,8 +131,8 @@ def select(benchmark: Benchmark, records: list[Run], at: float | None = None) ->
             fault = f"no value of {name} has been tried with all tuning seeds yet; go on with"
         raise UserError(f"{fault}: python tools/benchmark_miou.py run {benchmark.shown_path}")
     reported = {id(run) for seeds in runs.values() for run in seeds.values()}
-    tried_to_choose = [r for r in current if tune and at is None and r["seed"] in tune.seeds]
-    tuning = [run for run in tried_to_choose if id(run) not in reported]
+    choosing = tune.seeds if tune and at is None else ()
+    tuning = [run for run in current if run["seed"] in choosing and id(run) not in reported]
     return Results(benchmark, runs, len(records) - len(current), choices, at, tuple(tuning))
 
 
