@@ -48,7 +48,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path)
         if not waiting:
             say("nothing is left to run; to run them again, give another file with --records")
         else:
-            _complain(_run_jobs(plan, records), total)
+            _complain(_run_jobs(plan, records, waiting, done), total)
 
 
 def _waiting(plan: Plan, records: Path) -> tuple[list[Job], int]:
@@ -76,12 +76,11 @@ def collect(job: Job, records: Path, keep_checkpoints: bool) -> bool:
     return True
 
 
-def _run_jobs(plan: Plan, records: Path) -> list[Job]:
-    """Run the jobs; return those that failed."""
+def _run_jobs(plan: Plan, records: Path, waiting: list[Job], before: int) -> list[Job]:
+    """Run the jobs, and those that become due; return those that failed."""
     args = plan.args
     slots: dict[int, Job] = {}
     failed: list[Job] = []
-    waiting, before = _waiting(plan, records)
     with display_for(plan.total(read_records(records)) - before) as display:
         try:
             while waiting or slots:

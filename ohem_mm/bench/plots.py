@@ -13,7 +13,7 @@ from ohem_mm.drawing import COLOURS, draw_band, drawing, save
 
 def plot(results: Results, folder: Path) -> list[Path]:
     """Draw what the records allow into SVG files, and return those."""
-    name = results.benchmark.name
+    name = results.block
     drawings = {"classes": _draw_classes, "curves": _draw_curves, "grid": _draw_grid}
     drawings["tune"] = _draw_tuning
     with drawing(name):

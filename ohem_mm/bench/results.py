@@ -37,7 +37,7 @@ class Results:
 
     @property
     def block(self) -> str:
-        """The name of the report's block in a page."""
+        """The name of the report's block in a page, and of its plots."""
         return self.benchmark.name + (f"@{self.at:g}" if self.at is not None else "")
 
     @property
