@@ -305,6 +305,7 @@ def test_one_shared_value(ran, monkeypatch):
     assert "chosen by" not in text
     assert "run tuned.yaml --at 0.01`" in text
     assert "Not run yet" not in text
+    assert plots._draw_tuning(results) is None
     # Beside the plots of the tuned report, and not over them.
     drawn = [file.name for file in plots.plot(results, Path("plots"))]
     assert drawn == ["tuned@0.01-classes.svg", "tuned@0.01-curves.svg"]

@@ -48,7 +48,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace, records: Path)
         if not waiting:
             say("nothing is left to run; to run them again, give another file with --records")
         else:
-            _complain(_run_jobs(plan, records, waiting, done), total)
+            _complain(_run_jobs(plan, records, waiting, done, total), total)
 
 
 def _waiting(plan: Plan, records: Path) -> tuple[list[Job], int]:
@@ -76,12 +76,12 @@ def collect(job: Job, records: Path, keep_checkpoints: bool) -> bool:
     return True
 
 
-def _run_jobs(plan: Plan, records: Path, waiting: list[Job], before: int) -> list[Job]:
+def _run_jobs(plan: Plan, records: Path, waiting: list[Job], before: int, total: int) -> list[Job]:
     """Run the jobs, and those that become due; return those that failed."""
     args = plan.args
     slots: dict[int, Job] = {}
     failed: list[Job] = []
-    with display_for(plan.total(read_records(records)) - before) as display:
+    with display_for(total - before) as display:
         try:
             while waiting or slots:
                 for slot in range(args.jobs):
